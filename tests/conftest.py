@@ -18,7 +18,7 @@ def root():
 
 @pytest.fixture(scope='session')
 def shared():
-    """The folder of sample text beside the checkout (or REFLEX_SHARED); the test skips where it is missing."""
+    """The folder of sample text beside the checkout (or REFLEX_SHARED); the test skips without it."""
     folder = Path(os.environ.get('REFLEX_SHARED', ROOT.parent / 'shared'))
     if not (folder / 'data').is_dir():
         pytest.skip(f'needs sample text in {folder} (set REFLEX_SHARED)')

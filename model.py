@@ -1,0 +1,363 @@
+"""A GPT whose attention is pluggable: the model, its cache, its FLOPs and its sampling, in one file.
+
+The boundary that every attention keeps:  y = attention(x, memory, cache)
+
+    x       (B, T, n_embd), the normalised residual stream
+    memory  a list, local to one forward pass, with one entry per earlier layer: what that layer chose to
+            publish (here its keys and values). The attention reads it and appends its own entry.
+    cache   this layer's state from earlier tokens, made by attention.new_cache(); None without generation
+    y       (B, T, n_embd), to be added to the residual stream
+
+Which heads read which layer is data (plans.py). Dimensions: B batch, T time, C n_embd.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from plans import PLANS, HeadPlan
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture; what does not fit together is refused here, before anything is built."""
+
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50304  # rows of the embedding: GPT-2's 50257 rounded up to a multiple of 64
+    vocab_used: int = 0  # ids from here on are padding and never sampled; 0 = all ids are real
+    n_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False  # biases in linear layers and norms
+    attention: str = 'vanilla'  # a plan of plans.py
+    head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, lag 1, lag 2, …
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: heads would differ in size'
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout}: must be in [0, 1)')
+        if not 0 <= self.vocab_used <= self.vocab_size:
+            raise ValueError(
+                f'vocab_used={self.vocab_used}: must be between 0 and vocab_size={self.vocab_size}'
+            )
+        if self.attention not in PLANS:
+            raise ValueError(f'attention={self.attention!r} is unknown: one of {", ".join(PLANS)}')
+        self.head_plan()
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    def head_plan(self) -> HeadPlan:
+        """The checked plan of `attention`; ValueError with the numbers where it does not fit."""
+        return HeadPlan(PLANS[self.attention](self), self.n_head)
+
+
+class HeadLinear(nn.Linear):
+    """A projection to some of the heads of a full projection: the others are never computed.
+
+    `heads` are the heads kept, in order, of `n_heads_full`. Initial values are drawn for the full projection
+    and then selected, so that two models that share a head start it with the same weights.
+    """
+
+    def __init__(self, n_embd: int, head_size: int, heads: list[int], n_heads_full: int, bias: bool):
+        super().__init__(n_embd, len(heads) * head_size, bias=bias)
+        self.rows_full = n_heads_full * head_size
+        self.rows = [h * head_size + i for h in heads for i in range(head_size)]  # of the full projection
+
+
+class KVCache:
+    """Keys and values of one layer's produced heads, (B, heads, max_len, head_size) each, filled in order."""
+
+    def __init__(self, B, key_heads, value_heads, max_len, head_size, device, dtype):
+        self.k = torch.empty(B, key_heads, max_len, head_size, device=device, dtype=dtype)
+        self.v = torch.empty(B, value_heads, max_len, head_size, device=device, dtype=dtype)
+        self.length = 0  # tokens held
+
+    def append(self, k, v):
+        """Store k, v (B, heads, T, head_size); return views of all held, (B, heads, length, head_size)."""
+        end = self.length + k.size(2)
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class HeadPlanAttention(nn.Module):
+    """Causal attention whose heads read keys and values, of this layer or earlier ones, that a plan names.
+
+    One projection, one gather, one scaled-dot-product-attention call, whatever the plan. Publishes
+    (key pieces, value pieces) to `memory`: its produced heads, cut where readers need them.
+    """
+
+    def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
+        super().__init__()
+        n_head = config.n_head
+        self.n_head, self.head_size, self.dropout = n_head, config.head_size, config.dropout
+        self.n_key, self.n_value = len(plan.keys[layer]), len(plan.values[layer])
+        self.key_cuts, self.value_cuts = plan.key_cuts[layer], plan.value_cuts[layer]
+        self.key_reads, self.value_reads = plan.key_reads[layer], plan.value_reads[layer]
+        self.description = plan.describe(layer)
+        heads = list(range(n_head))  # rows of the full projection: queries, then keys, then values
+        heads += [n_head + h for h in plan.keys[layer]] + [2 * n_head + h for h in plan.values[layer]]
+        self.c_attn = HeadLinear(config.n_embd, self.head_size, heads, 3 * n_head, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, memory: list, cache: KVCache | None = None):
+        B, T, C = x.shape
+        hs = self.head_size
+        q, k, v = self.c_attn(x).split([self.n_head * hs, self.n_key * hs, self.n_value * hs], dim=2)
+        q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, n_head, T, hs)
+        k = k.view(B, T, self.n_key, hs).transpose(1, 2)  # (B, n_key, T, hs)
+        v = v.view(B, T, self.n_value, hs).transpose(1, 2)  # (B, n_value, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)  # T is now S >= T: tokens of earlier calls come first
+        memory.append((k.split(self.key_cuts, dim=1), v.split(self.value_cuts, dim=1)))
+        k = self.gather(k, self.key_reads, [keys for keys, _ in memory])  # (B, n_head, S, hs)
+        v = self.gather(v, self.value_reads, [values for _, values in memory])  # (B, n_head, S, hs)
+        S = k.size(2)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if T in (1, S) else x.new_ones(T, S, dtype=torch.bool).tril(S - T),
+            is_causal=1 < T == S,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, hs) -> (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+    @staticmethod
+    def gather(own, reads, published):
+        """own: this layer's produced heads; reads: None (own, as they are) or (layer, piece) pairs."""
+        return own if reads is None else torch.cat([published[layer][piece] for layer, piece in reads], dim=1)
+
+    def new_cache(self, B, max_len, device, dtype) -> KVCache:
+        """Empty state for generation: B sequences of at most max_len tokens."""
+        return KVCache(B, self.n_key, self.n_value, max_len, self.head_size, device, dtype)
+
+    def cache_bytes_per_token(self, itemsize: int) -> int:
+        return (self.n_key + self.n_value) * self.head_size * itemsize
+
+    def flops_per_token(self, T: int) -> int:
+        """Forward FLOPs per token beyond the linear layers: q·k and weights·v over all T positions."""
+        return 2 * 2 * T * self.n_head * self.head_size
+
+    def describe(self) -> str:
+        return self.description
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, attn: nn.Module):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = attn
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, memory: list, cache=None):
+        x = x + self.attn(self.ln_1(x), memory, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Cache:
+    """What generation carries from call to call: one state per layer, and how many tokens they hold."""
+
+    def __init__(self, layers: list):
+        self.layers = layers
+        self.length = 0
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig, seed: int | None = None):
+        """seed: of the initial weights; None draws one from torch's global generator (torch.manual_seed)."""
+        super().__init__()
+        self.config = config
+        plan = config.head_plan()
+        attentions = [HeadPlanAttention(config, plan, layer) for layer in range(config.n_layer)]
+        self.transformer = nn.ModuleDict(
+            {
+                'wte': nn.Embedding(config.vocab_size, config.n_embd),
+                'wpe': nn.Embedding(config.block_size, config.n_embd),
+                'drop': nn.Dropout(config.dropout),
+                'h': nn.ModuleList([Block(config, attn) for attn in attentions]),
+                'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
+        self.init_weights(int(torch.randint(2**62, ())) if seed is None else seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int):
+        """GPT-2's initialisation. Each tensor draws from a generator of its own, seeded by (seed, name):
+        models that share a tensor share its initial values, whatever else differs between them."""
+        for name, module in self.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue  # norms start as ones and zeros
+            if module.weight.is_meta or module is self.lm_head:
+                continue
+            digest = hashlib.sha256(f'{seed} {name}'.encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+            # residual projections are smaller, so that the stream's variance does not grow with depth
+            residual = name.endswith('c_proj')
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            rows = getattr(module, 'rows_full', module.weight.size(0))
+            full = torch.empty(rows, module.weight.size(1)).normal_(0.0, std, generator=generator)
+            module.weight.copy_(full[module.rows] if isinstance(module, HeadLinear) else full)
+            if getattr(module, 'bias', None) is not None:
+                module.bias.zero_()
+
+    def get_extra_state(self) -> str:
+        """Saved with the weights: what each layer's attention computes. Shapes do not tell plans apart."""
+        return '\n'.join(block.attn.describe() for block in self.transformer.h)
+
+    def set_extra_state(self, state: str):
+        if state != self.get_extra_state():
+            raise ValueError(
+                'these weights belong to another attention plan: they were trained as\n'
+                f'{state}\nand this model (attention={self.config.attention!r}) is\n{self.get_extra_state()}'
+            )
+
+    def hidden(self, idx, cache: Cache | None = None):
+        """Token ids (B, T) -> final normalised residual stream (B, T, n_embd).
+
+        With a cache, idx follows the tokens that it holds, and the cache is advanced by T.
+        """
+        _, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(
+                f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
+            )
+        pos = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        memory = []  # one entry per layer: what it published to the layers after it
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, memory, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T): (None, mean loss).
+
+        Targets of -1 do not count. Logits are not kept where only the loss is wanted: at 50304 tokens they
+        are the largest tensor by far; ask for them without targets.
+        """
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Parameters, without the position embedding by default (nanoGPT's count: wte is also lm_head)."""
+        total = sum(p.numel() for p in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
+        """FLOPs per token of one pass over sequences of T tokens (default block_size).
+
+        Every multiply-add of the matrix products counts 2, heads that are not projected count nothing, and
+        attention counts the full T x T square, which is the convention of MFU (PaLM, appendix B) and of
+        torch's FlopCounterMode. The backward pass is twice the forward pass; recomputation does not count.
+        """
+        T = T or self.config.block_size
+        forward = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        forward += sum(block.attn.flops_per_token(T) for block in self.transformer.h)
+        return 3 * forward if backward else forward
+
+    def cache_bytes_per_token(self, itemsize: int = 2) -> int:
+        """Bytes of generation state that one more token of one sequence costs (itemsize 2: bf16)."""
+        return sum(block.attn.cache_bytes_per_token(itemsize) for block in self.transformer.h)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
+        """AdamW, fused where the device has it; matrices decay, biases and norms do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
+        ]
+        fused = device_type in ('cuda', 'cpu')
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def new_cache(self, B: int) -> Cache:
+        """Empty state for B sequences of at most block_size tokens, in the type of the keys."""
+        weight = self.lm_head.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        size = self.config.block_size
+        return Cache([b.attn.new_cache(B, size, weight.device, dtype) for b in self.transformer.h])
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None):
+        """Yield the next token (B, 1), max_new_tokens times, after the prompt idx (B, T >= 1).
+
+        temperature 0 is greedy. Ids of padding rows (from vocab_used on) are never drawn. generator: of the
+        draws; None is torch's global one. When the context outgrows block_size (positions are learned), the
+        last block_size // 2 tokens are kept and read again: the cost per token stays bounded, and tokens are
+        the same with and without the cache.
+        """
+        if idx.size(1) < 1:
+            raise ValueError('the prompt is empty: give at least one token, such as the end-of-text token')
+        block_size = self.config.block_size
+        was_training = self.training
+        self.eval()
+        try:
+            context, fresh, cache = idx, idx, None
+            for _ in range(max_new_tokens):
+                if context.size(1) > block_size:
+                    context = context[:, -max(1, block_size // 2) :]
+                    fresh, cache = context, None
+                if use_cache and cache is None:
+                    cache = self.new_cache(idx.size(0))
+                logits = self.lm_head(self.hidden(fresh if use_cache else context, cache)[:, -1]).float()
+                token = self.draw(logits, temperature, top_k, generator)  # (B, 1)
+                yield token
+                context, fresh = torch.cat([context, token], dim=1), token
+        finally:
+            self.train(was_training)
+
+    def draw(self, logits, temperature, top_k, generator=None):
+        """Logits (B, vocab_size) -> one token id per row (B, 1)."""
+        logits = logits[:, : self.config.vocab_used or None]
+        if temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        logits = logits / temperature
+        if top_k is not None:
+            kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None):
+        """Prompt (B, T) -> prompt and max_new_tokens more (B, T + max_new_tokens); see `stream`."""
+        return torch.cat(
+            [idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)], dim=1
+        )

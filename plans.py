@@ -1,0 +1,153 @@
+"""Head plans: for every layer and head, which layer and head its key and its value are read from.
+
+A plan is a table of `Head(key=(layer, head), value=(layer, head))`, made from a config by one small function.
+To try an idea, write such a function, add it to `PLANS` and name it in a config: `attention = 'my_plan'`.
+Nothing else has to change: `HeadPlan` works out which heads a layer must produce, and the attention module in
+model.py projects just those, reads what the table says and counts its FLOPs.
+
+    lag 0  self-attention: the layer's own key and value
+    lag d  the key and value that the layer d before has computed
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Head(NamedTuple):
+    """Where one head reads its key and its value: (layer, head) pairs, of this layer or an earlier one."""
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+
+
+def vanilla(config) -> list[list[Head]]:
+    """Every head reads its own key and value."""
+    return [[Head((l, h), (l, h)) for h in range(config.n_head)] for l in range(config.n_layer)]
+
+
+def parse_split(head_split: str, n_head: int) -> list[int]:
+    """'4-2-2' -> [4, 2, 2]: how many of the n_head heads have lag 0, 1, 2, …"""
+    parts = head_split.split('-')
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"head_split={head_split!r}: write positive counts joined by '-', such as '4-2-2'")
+    counts = [int(part) for part in parts]
+    if sum(counts) != n_head:
+        raise ValueError(f'head_split={head_split!r} adds up to {sum(counts)} heads, but n_head={n_head}')
+    return counts
+
+
+def reflex(config) -> list[list[Head]]:
+    """`head_split` 'sa-ca2-ca1' (or longer): the first heads have lag 0, the next lag 1, the last lag 2.
+
+    A head reads the same head index of the earlier layer. Layers that have not enough layers before them
+    (the first two of '4-2-2') are all self-attention.
+    """
+    counts = parse_split(config.head_split, config.n_head)
+    lags = [lag for lag, count in enumerate(counts) for _ in range(count)]
+    table = []
+    for l in range(config.n_layer):
+        layer_lags = lags if l >= len(counts) - 1 else [0] * config.n_head
+        table.append([Head((l - lag, h), (l - lag, h)) for h, lag in enumerate(layer_lags)])
+    return table
+
+
+def reflex_all(config) -> list[list[Head]]:
+    """Layer l: n_head - l heads of its own, then one head each of lag 1, 2, … l, nearest first.
+
+    Layer j publishes one head, its last own one (head n_head - 1 - j), and every later layer reads that one.
+    """
+    n_layer, n_head = config.n_layer, config.n_head
+    if n_layer > n_head:
+        raise ValueError(
+            f"attention='reflex_all' gives up one head per layer: n_layer={n_layer} layers need at least "
+            f'{n_layer} heads, but n_head={n_head}; raise n_head or use fewer layers'
+        )
+    table = []
+    for l in range(n_layer):
+        own = [Head((l, h), (l, h)) for h in range(n_head - l)]
+        table.append(own + [Head((j, n_head - 1 - j), (j, n_head - 1 - j)) for j in range(l - 1, -1, -1)])
+    return table
+
+
+PLANS = {'vanilla': vanilla, 'reflex': reflex, 'reflex_all': reflex_all}
+
+
+class HeadPlan:
+    """A checked table, and what follows from it for every layer.
+
+    heads[l][h]        Head: where head h of layer l reads
+    keys[l], values[l] the head indices whose key (value) some layer reads, ascending: the only ones projected
+    key_reads[l]       what layer l gathers, as (source layer, segment) pairs in the order of its heads;
+                       None where that is exactly the layer's own keys, as they are
+    key_cuts[l]        sizes of the segments that layer l's produced keys are split into for its readers
+    value_reads, value_cuts  the same for values
+    """
+
+    def __init__(self, table: list[list[Head]], n_head: int):
+        self.heads = [[Head(*head) for head in layer] for layer in table]
+        for l, layer in enumerate(self.heads):
+            if len(layer) != n_head:
+                raise ValueError(f'the plan gives layer {l} {len(layer)} heads, but n_head={n_head}')
+            for h, head in enumerate(layer):
+                for what, (source, i) in zip(('key', 'value'), head, strict=True):
+                    if not (0 <= source <= l and 0 <= i < n_head):
+                        raise ValueError(
+                            f'head {h} of layer {l} reads the {what} of layer {source}, head {i}: '
+                            f'layers 0 to {l} and heads 0 to {n_head - 1} can be read'
+                        )
+        self.keys, self.key_cuts, self.key_reads = _gather_plan([[h.key for h in lay] for lay in self.heads])
+        self.values, self.value_cuts, self.value_reads = _gather_plan(
+            [[h.value for h in lay] for lay in self.heads]
+        )
+
+    def describe(self, layer: int) -> str:
+        """One line: per head its lag, or 'layer.head' of another index; key/value where they differ."""
+
+        def name(h, source):
+            return str(layer - source[0]) if source[1] == h else f'{source[0]}.{source[1]}'
+
+        heads = []
+        for h, head in enumerate(self.heads[layer]):
+            key, value = name(h, head.key), name(h, head.value)
+            heads.append(key if key == value else f'{key}/{value}')
+        return 'head plan ' + ' '.join(heads)
+
+
+def _gather_plan(reads: list[list[tuple[int, int]]]):
+    """From the (layer, head) that heads read: what to produce, where to cut it, which pieces to gather.
+
+    Neighbouring heads of one source travel together, so that a gather is a few slices and one concatenation;
+    pieces are cut once at the source, because autograd joins the gradients of a split by one concatenation
+    where independent slices would each be padded with zeros and added.
+    """
+    n_layer = len(reads)
+    produced = [
+        sorted({h for layer in reads for (source, h) in layer if source == l}) for l in range(n_layer)
+    ]
+    runs = []  # per layer: [source layer, first, last + 1] in positions among the source's produced heads
+    for layer in reads:
+        layer_runs = []
+        for source, h in layer:
+            i = produced[source].index(h)
+            if layer_runs and layer_runs[-1][0] == source and layer_runs[-1][2] == i:
+                layer_runs[-1][2] = i + 1
+            else:
+                layer_runs.append([source, i, i + 1])
+        runs.append(layer_runs)
+    whole = [layer_runs == [[l, 0, len(produced[l])]] for l, layer_runs in enumerate(runs)]
+    bounds = [{0, len(produced[l])} for l in range(n_layer)]
+    for l, layer_runs in enumerate(runs):
+        for source, first, last in layer_runs if not whole[l] else ():
+            bounds[source] |= {first, last}
+    bounds = [sorted(b) for b in bounds]
+    cuts = [[b - a for a, b in pairwise(edge)] for edge in bounds]
+    pieces = []
+    for l, layer_runs in enumerate(runs):
+        if whole[l]:
+            pieces.append(None)
+            continue
+        edges = [(source, bounds[source].index(a), bounds[source].index(b)) for source, a, b in layer_runs]
+        pieces.append([(source, piece) for source, a, b in edges for piece in range(a, b)])
+    return produced, cuts, pieces
