@@ -150,6 +150,10 @@ class HeadPlanAttention(nn.Module):
         """Empty state for generation: B sequences of at most max_len tokens."""
         return KVCache(B, self.n_key, self.n_value, max_len, self.head_size, device, dtype)
 
+    def heads_produced(self) -> tuple[int, int]:
+        """How many key and value heads this layer projects: those that some layer reads."""
+        return self.n_key, self.n_value
+
     def cache_bytes_per_token(self, itemsize: int) -> int:
         return (self.n_key + self.n_value) * self.head_size * itemsize
 

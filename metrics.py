@@ -1,0 +1,176 @@
+"""What a run tells about itself: metrics.jsonl and run.json in its folder, and the same to wandb if asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from checkpoint import write_text
+
+METRICS, RUN = 'metrics.jsonl', 'run.json'
+
+# Dense bf16 (V100, T4: fp16) peak in FLOP/s, by a part of the device's name; the first match counts.
+PEAK_FLOPS = {
+    'B200': 2250e12,
+    'H100 PCIe': 756e12,
+    'H100 NVL': 835e12,
+    'H100': 989e12,
+    'H200': 989e12,
+    'GH200': 989e12,
+    'A100': 312e12,
+    'A10G': 70e12,
+    'A10': 125e12,
+    'A40': 149.7e12,
+    'A6000': 154.8e12,
+    'L40S': 362e12,
+    'L40': 181e12,
+    'L4': 121e12,
+    'RTX 4090': 165.2e12,
+    'RTX 3090': 71e12,
+    'V100': 125e12,
+    'T4': 65e12,
+}
+
+
+def device_name(device: str) -> str:
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    if device == 'cpu' and Path('/proc/cpuinfo').exists():
+        for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.processor() or device
+
+
+def peak_flops(device: str) -> float | None:
+    """FLOP/s that MFU is measured against; None (no MFU is shown) for a device that is not in the table."""
+    if not device.startswith('cuda'):
+        return None
+    name = device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes: the allocator's peak on CUDA, the process's peak resident size on CPU; None if unknown."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == 'win32':
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def commit() -> str:
+    """The checkout's commit, '+changes' if tracked files differ from it; 'unknown' outside of git."""
+
+    def git(*args):
+        root = Path(__file__).resolve().parent
+        return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git('rev-parse', 'HEAD').strip() + ('+changes' if git('status', '--porcelain', '-uno') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def versions() -> dict[str, str]:
+    found = {'python': platform.python_version()}
+    for package in ('torch', 'numpy', 'tokenizers', 'tiktoken', 'datasets', 'wandb'):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    lines = Path(path).read_text(encoding='utf-8').split('\n')
+    records = [json.loads(line) for line in lines[:-1] if line]
+    try:
+        return records + ([json.loads(lines[-1])] if lines[-1] else [])
+    except json.JSONDecodeError:
+        return records
+
+
+class Metrics:
+    """The run's record. One line per call of log(); run.json is rewritten whole by update().
+
+    resume_iter: lines after that iteration are dropped first, since the resumed run writes them again.
+    """
+
+    def __init__(self, out_dir: str | Path, run: dict, resume_iter: int = 0):
+        self.out_dir, self.run = Path(out_dir), dict(run)
+        path = self.out_dir / METRICS
+        if resume_iter and path.exists():
+            kept = [record for record in read_jsonl(path) if record['iter'] <= resume_iter]
+            write_text(path, ''.join(json.dumps(record) + '\n' for record in kept))
+        self.file = open(path, 'a' if resume_iter else 'w', encoding='utf-8')
+        self.update()
+
+    def log(self, record: dict):
+        # JSON has no NaN: a value that is not finite is written as null
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(clean) + '\n')
+        self.file.flush()
+
+    def update(self, **fields):
+        self.run.update(fields)
+        write_text(self.out_dir / RUN, json.dumps(self.run, indent=1) + '\n')
+
+    def close(self):
+        self.file.close()
+
+
+class Wandb:
+    """wandb, where it is wanted and works. Whatever it raises is told once; training goes on."""
+
+    def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict):
+        self.run = None
+        if not on:
+            return
+        try:
+            import wandb
+
+            os.environ.setdefault('WANDB_SILENT', 'true')
+            self.run = wandb.init(
+                project=project, name=name, group=group or None, dir=str(out_dir), config=config
+            )
+            self.run.define_metric('iter')
+            self.run.define_metric('*', step_metric='iter')
+        except Exception as e:
+            self._give_up(e)
+
+    def _call(self, call):
+        if self.run is None:
+            return
+        try:
+            call(self.run)
+        except Exception as e:
+            self._give_up(e)
+
+    def _give_up(self, e):
+        self.run = None
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        print(
+            f'warning: wandb is off for the rest of this run ({reason}); {METRICS} has everything', flush=True
+        )
+
+    def log(self, record: dict):
+        self._call(lambda run: run.log(record))
+
+    def summary(self, record: dict):
+        self._call(lambda run: run.summary.update(record))
+
+    def finish(self, exit_code: int = 0):
+        self._call(lambda run: run.finish(exit_code=exit_code))

@@ -1,0 +1,38 @@
+"""The device a program runs on and the type it computes in."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from configurator import ConfigError
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> str:
+    """'auto' and 'cuda' to the name of a device that is here."""
+    if wanted == 'auto':
+        wanted = (
+            'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        )
+    if wanted.startswith('cuda') and not torch.cuda.is_available():
+        raise ConfigError(f'device={wanted!r}, but torch sees no CUDA device here: use --device=cpu')
+    return f'cuda:{local_rank}' if wanted == 'cuda' else wanted
+
+
+def pick_dtype(wanted: str, device: str) -> str:
+    """bf16 where the device computes it natively; fp16 with a loss scaler on older GPUs; else fp32."""
+    if wanted == 'auto':
+        if device.startswith('cuda'):
+            return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        native = device == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+        return 'bfloat16' if native else 'float32'
+    if wanted == 'float16' and not device.startswith('cuda'):
+        raise ConfigError(f"dtype='float16' needs CUDA, the device is {device}: use bfloat16 or float32")
+    return wanted
+
+
+def autocast_for(device: str, dtype: str):
+    """A new context in which matrix products run in dtype; weights stay as they are."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.split(':')[0], dtype=getattr(torch, dtype))
