@@ -1,0 +1,346 @@
+"""The model against a plain per-head reference, for every plan; causality, cache, FLOPs, initial values."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import plans
+from model import GPT, GPTConfig
+from plans import Head, HeadPlan
+
+SMALL = {'block_size': 16, 'vocab_size': 64, 'n_layer': 6, 'n_head': 8, 'n_embd': 32}
+VARIANTS = {
+    'vanilla': {'attention': 'vanilla'},
+    '4-2-2': {'attention': 'reflex', 'head_split': '4-2-2'},
+    '5-2-1': {'attention': 'reflex', 'head_split': '5-2-1'},
+    '3-3-2': {'attention': 'reflex', 'head_split': '3-3-2'},
+    '4-2-1-1': {'attention': 'reflex', 'head_split': '4-2-1-1'},
+    'reflex_all': {'attention': 'reflex_all'},
+}
+
+
+def config(variant, **changes):
+    return GPTConfig(**{**SMALL, **VARIANTS[variant], **changes})
+
+
+def tokens(seed=0, B=2, T=16):
+    return torch.randint(64, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def lags(variant, l):
+    """(source layer, head) of every head of layer l, written down from the specification."""
+    if variant == 'vanilla':
+        return [(l, h) for h in range(8)]
+    if variant == 'reflex_all':
+        own = 8 - l
+        return [(l, h) for h in range(own)] + [(l - d, 8 - 1 - (l - d)) for d in range(1, l + 1)]
+    counts = [int(n) for n in variant.split('-')]
+    if l < len(counts) - 1:
+        return [(l, h) for h in range(8)]
+    flat = [d for d, n in enumerate(counts) for _ in range(n)]
+    return [(l - d, h) for h, d in enumerate(flat)]
+
+
+def reference_hidden(model, full, idx, source):
+    """A forward pass head by head: every key and value of every layer is projected, masks are explicit.
+
+    full[l]: the whole (3C, C) projection of layer l, of which the model keeps rows.
+    """
+    t, C = model.transformer, model.config.n_embd
+    n_head, hs = model.config.n_head, model.config.head_size
+    B, T = idx.shape
+    x = t.wte.weight[idx] + t.wpe.weight[:T]
+    past = []
+    for l, block in enumerate(t.h):
+        normed = F.layer_norm(x, (C,), block.ln_1.weight, block.ln_1.bias)
+        q, k, v = (normed @ full[l].T).split(C, dim=2)
+        q, k, v = (a.view(B, T, n_head, hs) for a in (q, k, v))
+        past.append((k, v))
+        out = []
+        for h, (key_source, value_source) in enumerate(source(l)):
+            keys = past[key_source[0]][0][:, :, key_source[1]]  # (B, T, hs)
+            values = past[value_source[0]][1][:, :, value_source[1]]
+            scores = q[:, :, h] @ keys.transpose(1, 2) / math.sqrt(hs)  # (B, T, T)
+            allowed = torch.arange(T)[:, None] >= torch.arange(T)[None]
+            out.append(scores.masked_fill(~allowed, -math.inf).softmax(-1) @ values)
+        y = torch.cat(out, dim=2) @ block.attn.c_proj.weight.T
+        x = x + y
+        x = x + block.mlp(block.ln_2(x))
+    return t.ln_f(x)
+
+
+def check_against_reference(model, source):
+    model = model.double()
+    C = model.config.n_embd
+    full = []
+    for block in model.transformer.h:
+        w = torch.full((3 * C, C), 0.37, dtype=torch.double)  # dead heads: whatever stands there is not read
+        w[block.attn.c_attn.rows] = block.attn.c_attn.weight.detach()
+        full.append(w.requires_grad_())
+    idx, targets = tokens(), tokens(1)
+    x = reference_hidden(model, full, idx, source)
+    loss = F.cross_entropy((x @ model.lm_head.weight.T).flatten(0, 1), targets.flatten())
+    loss.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.testing.assert_close(model(idx)[0], x @ model.lm_head.weight.T, rtol=1e-9, atol=1e-9)
+    # the loss itself may be computed in float32
+    _, found = model(idx, targets)
+    torch.testing.assert_close(found.double(), loss, rtol=1e-6, atol=1e-6)
+    found.backward()
+    for l, (block, w) in enumerate(zip(model.transformer.h, full, strict=True)):
+        rows = block.attn.c_attn.rows
+        dead = sorted(set(range(3 * C)) - set(rows))
+        torch.testing.assert_close(block.attn.c_attn.weight.grad, w.grad[rows], rtol=1e-5, atol=1e-7)
+        assert not dead or w.grad[dead].abs().max() == 0, f'layer {l} drops a head that something reads'
+    for name, p in model.named_parameters():
+        if 'c_attn' not in name:
+            torch.testing.assert_close(
+                p.grad, wanted[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f'{n}: {m}'
+            )
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_outputs_and_gradients_equal_the_per_head_reference(variant):
+    def source(l):
+        return [(pair, pair) for pair in lags(variant, l)]
+
+    check_against_reference(GPT(config(variant), seed=3), source)
+
+
+def test_a_plan_may_read_keys_and_values_apart(monkeypatch):
+    """Own keys with layer 0's values, a key of another head, a layer that produces no value at all."""
+
+    def odd(config):
+        table = []
+        for l in range(config.n_layer):
+            heads = [Head((l, h), (0, h)) for h in range(4)] + [
+                Head((l // 2, 7 - h), (l, h)) for h in range(4, 8)
+            ]
+            table.append([Head((0, h), (0, 7 - h)) for h in range(8)] if l == 3 else heads)
+        return table
+
+    monkeypatch.setitem(plans.PLANS, 'odd', odd)
+    cfg = GPTConfig(**SMALL, attention='odd')
+    check_against_reference(GPT(cfg, seed=3), lambda l: odd(cfg)[l])
+    produced = [block.attn.heads_produced() for block in GPT(cfg, seed=3).transformer.h]
+    assert produced[3] == (0, 0), 'layer 3 reads layer 0 alone, and nothing reads layer 3'
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_heads_produced_are_the_table_of_the_specification(variant):
+    wanted = {
+        'vanilla': [8, 8, 8, 8, 8, 8],
+        '4-2-2': [8, 8, 8, 8, 6, 4],
+        '5-2-1': [8, 8, 8, 8, 7, 5],
+        '3-3-2': [8, 8, 8, 8, 6, 3],
+        '4-2-1-1': [8, 8, 8, 7, 6, 4],
+        'reflex_all': [8, 7, 6, 5, 4, 3],
+    }[variant]
+    model = GPT(config(variant), seed=0)
+    assert [block.attn.heads_produced() for block in model.transformer.h] == [(n, n) for n in wanted]
+    head, C = 32 * 4, 32
+    dead = 2 * (48 - sum(wanted))
+    assert GPT(config('vanilla'), seed=0).num_params() - model.num_params() == dead * head
+    assert model.cache_bytes_per_token(itemsize=2) == 2 * sum(wanted) * (C // 8) * 2
+
+
+def test_all_lags_zero_is_vanilla_bit_for_bit():
+    a = GPT(config('vanilla'), seed=5)
+    b = GPT(config('vanilla', attention='reflex', head_split='8'), seed=5)
+    x, y = tokens(), tokens(1)
+    for model in (a, b):
+        model(x, y)[1].backward()
+    assert torch.equal(a(x)[0], b(x)[0])
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_token_changes_nothing_before_it(variant):
+    model = GPT(config(variant), seed=1).double()
+    idx = tokens(B=1)
+    before = model(idx)[0]
+    for t in range(16):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 64
+        after = model(changed)[0]
+        assert torch.equal(after[:, :t], before[:, :t]), f'position {t} is seen before it'
+        assert not torch.equal(after[:, t], before[:, t])
+        # and it is seen by everything after it: nothing is masked too much
+        assert (after[:, t:] != before[:, t:]).any(-1).all()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_generation_with_cache_equals_without(variant):
+    """Also where the context outgrows block_size, and for a prompt longer than it."""
+    model = GPT(config(variant), seed=2).double()
+    for prompt in (tokens(B=2, T=3), tokens(B=1, T=21)):
+        cached = model.generate(prompt, 40, temperature=0)
+        assert torch.equal(cached, model.generate(prompt, 40, temperature=0, use_cache=False))
+        assert cached.shape == (prompt.size(0), prompt.size(1) + 40)
+        assert torch.equal(cached[:, : prompt.size(1)], prompt)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_logits_of_a_cached_pass_equal_the_full_pass(variant):
+    """In calls of 5, 1, 1 and 9 tokens: prefill, single steps, and a chunk after a past."""
+    model = GPT(config(variant), seed=2).double().eval()
+    idx = tokens()
+    cache, parts, at = model.new_cache(2), [], 0
+    for n in (5, 1, 1, 9):
+        parts.append(model.lm_head(model.hidden(idx[:, at : at + n], cache)))
+        at += n
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('bias', [False, True])
+def test_flops_are_those_that_torch_counts(variant, bias):
+    with torch.device('meta'):
+        model = GPT(config(variant, bias=bias, n_embd=64), seed=0)
+        idx = torch.zeros(3, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(idx)
+    assert counter.get_total_flops() == 3 * 16 * model.flops_per_token(16, backward=False)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == 3 * 16 * model.flops_per_token()
+
+
+def test_reflex_costs_less_than_vanilla():
+    vanilla, split, every = (
+        GPT(config(v), seed=0).flops_per_token() for v in ('vanilla', '4-2-2', 'reflex_all')
+    )
+    assert every < split < vanilla
+
+
+def test_models_share_the_initial_values_of_what_they_share():
+    vanilla = dict(GPT(config('vanilla'), seed=7).named_parameters())
+    reflex = GPT(config('reflex_all'), seed=7)
+    for name, p in reflex.named_parameters():
+        if 'c_attn' not in name:
+            assert torch.equal(p, vanilla[name]), name
+    for l, block in enumerate(reflex.transformer.h):
+        c_attn = block.attn.c_attn
+        assert torch.equal(c_attn.weight, vanilla[f'transformer.h.{l}.attn.c_attn.weight'][c_attn.rows])
+    other = dict(GPT(config('vanilla'), seed=8).named_parameters())
+    assert not torch.equal(other['transformer.wte.weight'], vanilla['transformer.wte.weight'])
+
+
+def test_initial_values_depend_on_the_seed_alone():
+    torch.manual_seed(0)
+    a = GPT(config('vanilla'), seed=1).state_dict()
+    torch.manual_seed(1)
+    b = GPT(config('vanilla'), seed=1).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a if name != '_extra_state')
+
+
+def test_initial_scale_is_gpt2s():
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=8, n_embd=128), seed=0)
+    assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    c_proj = model.transformer.h[3].mlp.c_proj.weight
+    assert c_proj.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+
+
+def test_weights_of_one_plan_do_not_load_into_another(monkeypatch):
+    def crossed(config):
+        """The shapes of vanilla, another meaning: each head reads the value of its mirror image."""
+        return [[Head((l, h), (l, 7 - h)) for h in range(8)] for l in range(config.n_layer)]
+
+    monkeypatch.setitem(plans.PLANS, 'crossed', crossed)
+    other = GPT(GPTConfig(**SMALL, attention='crossed'), seed=0).state_dict()
+    with pytest.raises(ValueError, match='another attention plan'):
+        GPT(config('vanilla'), seed=0).load_state_dict(other)
+    with pytest.raises((RuntimeError, ValueError)):
+        GPT(config('4-2-2'), seed=0).load_state_dict(GPT(config('5-2-1'), seed=0).state_dict())
+    same = GPT(config('vanilla', n_layer=2), seed=0)  # 4-2-2 of two layers is all self-attention: one table
+    same.load_state_dict(GPT(config('4-2-2', n_layer=2), seed=1).state_dict())
+
+
+def test_padding_ids_are_never_drawn():
+    model = GPT(config('vanilla', vocab_used=3), seed=0)
+    with torch.no_grad():
+        model.transformer.wte.weight[3:] *= 100
+    for temperature in (0, 1.0, 5.0):
+        drawn = model.generate(torch.zeros(4, 1, dtype=torch.long), 30, temperature=temperature)
+        assert drawn.max() < 3
+    assert len(model.generate(torch.zeros(4, 1, dtype=torch.long), 30, temperature=5.0).unique()) == 3
+
+
+def test_sampling_knobs():
+    model = GPT(config('vanilla'), seed=0)
+    prompt = torch.zeros(1, 1, dtype=torch.long)
+
+    def draw(seed, **options):
+        return model.generate(prompt, 20, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_k=1), model.generate(prompt, 20, temperature=0))
+    with pytest.raises(ValueError, match='empty'):
+        model.generate(prompt[:, :0], 1)
+
+
+def test_generation_leaves_the_mode_of_the_model():
+    model = GPT(config('vanilla', dropout=0.5), seed=0)
+    model.train()
+    a = model.generate(tokens(B=1, T=4), 10, temperature=0)
+    assert model.training
+    assert torch.equal(a, model.generate(tokens(B=1, T=4), 10, temperature=0)), (
+        'dropout was on while sampling'
+    )
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = GPT(config('vanilla'), seed=0)
+    x, y = tokens(), tokens(1)
+    cut = y.clone()
+    cut[:, 8:] = -1
+    logits = model(x)[0][:, :8]
+    wanted = F.cross_entropy(logits.flatten(0, 1), y[:, :8].flatten())
+    torch.testing.assert_close(model(x, cut)[1], wanted)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'n_embd': 30}, ['n_embd=30', 'n_head=8']),
+        ({'attention': 'reflex', 'head_split': '4-2-1'}, ["'4-2-1'", '7', 'n_head=8']),
+        ({'attention': 'reflex', 'head_split': '4-0-4'}, ["'4-0-4'", 'positive']),
+        ({'attention': 'reflex', 'head_split': 'four'}, ["'four'"]),
+        ({'attention': 'reflex_all', 'n_layer': 9}, ['n_layer=9', 'n_head=8']),
+        ({'attention': 'refelx'}, ["'refelx'", 'reflex_all']),
+        ({'dropout': 1.0}, ['dropout=1.0']),
+        ({'n_layer': 0}, ['n_layer=0']),
+        ({'vocab_used': 65}, ['vocab_used=65', 'vocab_size=64']),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_numbers(changes, words):
+    with pytest.raises(ValueError) as e:
+        GPTConfig(**{**SMALL, **changes})
+    assert all(word in str(e.value) for word in words), e.value
+
+
+@pytest.mark.parametrize('bad', [(1, 0), (0, 8), (-1, 0)])
+def test_a_plan_that_reads_what_is_not_there_is_refused(bad):
+    table = [[Head((0, 0), (0, 0))] * 7 + [Head((0, 0), bad)]]
+    with pytest.raises(ValueError, match='head 7 of layer 0 reads the value'):
+        HeadPlan(table, 8)
+
+
+def test_too_many_tokens_are_refused():
+    with pytest.raises(ValueError, match='17 tokens do not fit block_size=16'):
+        GPT(config('vanilla'), seed=0)(tokens(T=17))
+
+
+def test_the_optimizer_decays_matrices_only():
+    model = GPT(config('4-2-2', bias=True), seed=0)
+    decayed, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.98), 'cpu').param_groups
+    assert decayed['weight_decay'] == 0.1 and rest['weight_decay'] == 0
+    assert all(p.dim() >= 2 for p in decayed['params']) and all(p.dim() == 1 for p in rest['params'])
+    assert sum(p.numel() for g in (decayed, rest) for p in g['params']) == model.num_params(
+        non_embedding=False
+    )
