@@ -1,0 +1,246 @@
+"""
+Knobs of a program: defaults from a frozen dataclass, then config files, then --key=value, all checked.
+
+    python train.py config/baseline.py config/small.py --max_iters=1e3 --compile
+
+A program declares its knobs as a frozen dataclass of int, float, bool and str (or one of them | None), one
+knob a line. The comment that ends the line is its help text; a comment on a line of its own opens a section:
+
+    @dataclass(frozen=True)
+    class Knobs:
+        # optimizer
+        learning_rate: float = 6e-4  # peak of the schedule
+
+Checks that concern several knobs belong in `Knobs.__post_init__` and raise ConfigError too.
+A config file is a Python program: naming it on the command line runs its code.
+"""
+
+import ast
+import difflib
+import inspect
+import io
+import math
+import shlex
+import sys
+import textwrap
+import tokenize
+import traceback
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+_WANTED = {
+    int: 'a whole number (int)',
+    float: 'a number (float)',
+    bool: 'true or false (bool)',
+    str: 'text (str)',
+}
+_USAGE = """
+Config files (*.py) and --key=value go in any order. The command line wins over files, later over earlier.
+--key alone sets a bool to true. Every knob with its default, type and meaning:
+"""
+
+
+class ConfigError(Exception):
+    """Bad input from the user: str() is one line that names the thing, where it was set, and the mend."""
+
+    def __init__(self, message):
+        super().__init__(' '.join(message.split()))  # an error raised inside a config file may span lines
+
+
+class Configured(typing.NamedTuple):
+    knobs: typing.Any  # an instance of the dataclass
+    given: dict  # name -> value of every knob that a file or the command line set, be it to its default
+    files: list  # the config files as pathlib.Path, in the order they were applied
+
+
+def configure(cls, argv, doc=''):
+    """
+    The knobs of dataclass `cls` as set by `argv` (without the program's name).
+
+    argv holds config files (*.py), `--key=value`, and `--key` alone to set a bool to true, in any order. The
+    command line wins over files, later wins over earlier. `--help` or `-h` prints `doc` and every knob, then
+    exits with 0. Returns Configured; raises ConfigError.
+    """
+    if '--help' in argv or '-h' in argv:
+        print(help_text(cls, doc))
+        sys.exit(0)
+    kinds = _kinds(cls)
+    files, options = [], {}
+    for before, arg in zip(['', *argv], argv, strict=False):
+        key, equals, text = arg.removeprefix('--').partition('=')
+        if arg.startswith('--'):
+            kind, optional = kinds.get(key, (str, False))  # _checked refuses an unknown key
+            if key in kinds and not equals:
+                if kind is not bool:
+                    raise ConfigError(f'the command line gives {arg} no value; write {arg}=value')
+                text = 'true'
+            options[key] = _checked(cls, key, _parsed(text, kind, optional), 'the command line')
+        elif arg.endswith('.py'):
+            files.append(Path(arg))
+        else:
+            mend = f'{before}={arg}' if before.startswith('--') and '=' not in before else '--key=value'
+            raise ConfigError(f'argument {arg!r} is neither a config file (*.py) nor a knob; write {mend}')
+    for path in files:  # before any of them runs
+        _require(path)
+    given = {}
+    for path in files:
+        given |= _run_config(cls, path)
+    given |= options
+    return Configured(cls(**given), given, files)
+
+
+def from_dict(cls, values, where):
+    """
+    The knobs of dataclass `cls` from a dict, such as the JSON of a resolved config, checked like a file.
+
+    A knob that `values` lacks keeps its default. `where` (the JSON's path) is named in errors: ConfigError.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f'{where} holds a {type(values).__name__}, not the names and values of knobs')
+    return cls(**{name: _checked(cls, name, value, where) for name, value in values.items()})
+
+
+def run_program(main, errors=ConfigError):
+    """Call main(argv); one of `errors` (a class or a tuple) becomes a line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except errors as error:
+        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def help_text(cls, doc=''):
+    """`doc`, then every knob of `cls` by section: default, type, and the comment that ends its line."""
+    comments, section = {}, ''
+    for owner in reversed(cls.__mro__[:-1]):  # an inherited knob is documented where it is declared
+        section_row = -1
+        source = textwrap.dedent(inspect.getsource(owner))
+        knobs = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+        names = {row: knob.target.id for knob in knobs for row in range(knob.lineno, knob.end_lineno + 1)}
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                (row, column), text = token.start, token.string.lstrip('# ')
+                if row in names:
+                    comments[names[row]] = section, text
+                elif not token.line[:column].strip():
+                    section = f'{section} {text}' if row == section_row + 1 else text
+                    section_row = row
+    lines, section = [doc.strip(), _USAGE.rstrip()], ''
+    for f in fields(cls):
+        kind, optional = _kinds(cls)[f.name]
+        default = shlex.quote(f.default) if isinstance(f.default, str) else str(f.default).lower()
+        head = f'  --{f.name}={default}  ({kind.__name__}{" or none" if optional else ""})  '
+        f_section, text = comments.get(f.name, (section, ''))
+        if f_section != section:
+            section = f_section
+            lines += ['', section]
+        if len(head) > 44:
+            lines.append(head)
+            head = ''
+        indent = ' ' * 44
+        lines += textwrap.wrap(text, 110, initial_indent=head.ljust(44), subsequent_indent=indent) or [head]
+    return '\n'.join(line.rstrip() for line in lines).lstrip()
+
+
+def _require(path):
+    """ConfigError with the config files of a like name unless `path` is a file."""
+    if not path.is_file():
+        there = {p.stem: p.as_posix() for p in sorted(Path('config').rglob('*.py'))}
+        close = [there[stem] for stem in difflib.get_close_matches(path.stem, there)]
+        mend = f'did you mean {" or ".join(close)}?' if close else 'those of this project lie in config/'
+        raise ConfigError(f'no config file {path} (seen from {Path.cwd()}); {mend}')
+
+
+def _run_config(cls, path):
+    """Run the config file `path` in a namespace of its own: {name: value} of the knobs it sets."""
+    namespace = {'__name__': '__config__', '__file__': str(path.absolute())}
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+        exec(compile(tree, str(path), 'exec'), namespace)
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        rows = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            rows.append(error.lineno)
+        message = getattr(error, 'msg', error)  # a SyntaxError's str repeats file and line
+        raise ConfigError(f'{_at(path, rows)}: {type(error).__name__}: {message}') from error
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            name = ast.unparse(node.target)
+            raise ConfigError(f"{_at(path, [node.lineno])}: '{name}: ...' sets nothing; write {name} = value")
+    values = {}
+    for name, value in namespace.items():
+        a_module = isinstance(value, types.ModuleType) and name not in _kinds(cls)
+        if not (name.startswith('_') or a_module):
+            rows = sorted(node.lineno for node in ast.walk(tree) if name in _bound(node))
+            values[name] = _checked(cls, name, value, _at(path, rows))
+    return values
+
+
+def _bound(node):
+    """The names that a node of a syntax tree itself binds: by assignment, import, def or class."""
+    if isinstance(node, ast.Name):
+        return [node.id] if isinstance(node.ctx, ast.Store) else []
+    return [getattr(node, 'asname', None) or getattr(node, 'name', None)]
+
+
+def _at(path, rows):
+    return f'{path}:{rows[-1]}' if rows else str(path)
+
+
+def _kinds(cls):
+    """{name: (int, float, bool or str, whether None is allowed)} from the annotations of the dataclass."""
+    kinds, hints = {}, typing.get_type_hints(cls)
+    for f in fields(cls):
+        hint = hints[f.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        choices = [*typing.get_args(hint)] if union else [hint]
+        optional = types.NoneType in choices
+        kind, *others = [choice for choice in choices if choice is not types.NoneType]
+        if others or kind not in _WANTED:
+            raise TypeError(f'{cls.__name__}.{f.name} must be int, float, bool or str, or one of them | None')
+        kinds[f.name] = kind, optional
+    return kinds
+
+
+def _parsed(text, kind, optional):
+    """The value that `text` of the command line spells for a knob of that kind; if none, the text itself."""
+    if optional and text.lower() == 'none':
+        return None
+    if kind is bool:
+        return {'true': True, '1': True, 'false': False, '0': False}.get(text.lower(), text)
+    for number in (int, float) if kind in (int, float) else ():
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _checked(cls, name, value, where):
+    """`value` as the type that knob `name` declares; ConfigError for an unknown name or an unfit value."""
+    kinds = _kinds(cls)
+    if name not in kinds:
+        close = difflib.get_close_matches(name.lower().replace('-', '_'), kinds, n=1)
+        free = "--help lists them (a config file's own names begin with _)"
+        mend = f"did you mean '{close[0]}'?" if close else free
+        raise ConfigError(f"{where} sets '{name}', which is no knob; {mend}")
+    kind, optional = kinds[name]
+    wanted = _WANTED[kind] + (' or none' if optional else '')
+    if value is None and optional:
+        return None
+    if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if kind is int and value % 1 == 0:  # inf and nan: nan
+            return int(value)
+        default = getattr(cls, name, None)
+        endless = isinstance(default, float) and not math.isfinite(default) and isinstance(value, float)
+        if kind is float and (endless or abs(value) <= sys.float_info.max):  # nan compares false
+            return float(value)
+        wanted = wanted.replace('a number', 'a finite number')
+    elif kind in (bool, str) and isinstance(value, kind):
+        return kind(value)
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + '...'
+    raise ConfigError(f'{where} sets {name} to {shown}, but {name} wants {wanted}')
