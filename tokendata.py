@@ -1,9 +1,266 @@
-"""Token files: reading them, and the batches of a step."""
+"""Token files: what `data/*/prepare.py` writes and training reads.
 
-from __future__ import annotations
+A data set is a folder with `train.bin`, `val.bin` and maybe `test.bin` (raw little-endian uint16, or uint32
+where the vocabulary needs it) and `meta.json`, which says what they are. `open_data` believes none of it:
+every file is held against meta.json once, and what does not fit is one line that names the file, what it
+holds, what was expected and the mend.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from tokenizer import fingerprint
+
+FORMAT = 1  # of meta.json
+META, STAMP, WORK = 'meta.json', '.verified.json', '.prepare'
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+SCAN_BYTES = 1 << 23  # read at a time when a file is verified
+
+
+class DataError(Exception):
+    """Data that cannot be used, in one line: the file, what it holds, what was expected, and the mend."""
+
+
+@dataclass(frozen=True)
+class TokenData:
+    folder: Path
+    splits: dict  # name -> read-only np.memmap (tokens,) of uint16 or uint32
+    meta: dict  # the content of meta.json; {} for a plain .bin
+    vocab_size: int
+    tokenizer_spec: dict | None  # complete: tokenizer.from_spec builds the tokenizer from it
+    fingerprint: str | None  # SHA-256 over the splits' SHA-256; None for a plain .bin that was not verified
+
+
+def dtype_for(vocab_size):
+    """The name of the smallest of the two dtypes that holds every id of the vocabulary."""
+    return 'uint16' if vocab_size <= 1 << 16 else 'uint32'
+
+
+def open_data(folder, block_size=None, vocab_size=None, verify=True):
+    """Opens the data set in `folder` for windows of `block_size` tokens and their targets -> TokenData.
+
+    `vocab_size` is for a folder without meta.json (nanoGPT's raw .bin); with meta.json it must agree.
+    `verify` reads every file to the end: SHA-256 and the largest id. That happens once per file:
+    `.verified.json` beside it remembers size, time of change and SHA-256, where the folder can be written to.
+    Everything else (names, sizes, meta.json, tokenizer) is checked at each call. DataError names what is
+    wrong and the mend.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f'{folder} does not exist: {_mend(folder, {})}')
+    has_meta = (folder / META).is_file()
+    if not has_meta and (folder / WORK).is_dir():
+        raise DataError(
+            f'{folder} holds an unfinished preparation: {_mend(folder, {})}; it goes on where it stopped'
+        )
+    meta = _read_meta(folder, vocab_size) if has_meta else {}
+    mend = _mend(folder, meta)
+    if not has_meta and not vocab_size:
+        raise DataError(
+            f'{folder / META} is missing, and nothing else says which vocabulary the tokens are of: {mend}; '
+            'or give vocab_size (50257 for GPT-2 tokens) to use plain .bin files'
+        )
+    vocab_size = meta.get('vocab_size') or int(vocab_size)
+    dtype = DTYPES[meta.get('dtype') or dtype_for(vocab_size)]
+    names = (
+        list(meta['splits'])
+        if meta
+        else [s for s in ('train', 'val', 'test') if (folder / f'{s}.bin').exists()]
+    )
+    for name in ('train', 'val'):
+        if name not in names:
+            raise DataError(f'{folder / name}.bin is missing: {mend}')
+    spec = _tokenizer_spec(folder, meta, mend)
+    files = {name: folder / f'{name}.bin' for name in names}
+    for name, path in files.items():
+        _check_size(path, dtype, meta.get('splits', {}).get(name), block_size, mend)
+    hashes = {name: split['sha256'] for name, split in meta.get('splits', {}).items()}
+    if verify:
+        stamps = _read_stamps(folder)
+        found = {
+            name: _verified(path, dtype, vocab_size, hashes.get(name), stamps, mend)
+            for name, path in files.items()
+        }
+        if found != stamps:
+            _write_stamps(folder, found)
+        hashes = {name: stamp['sha256'] for name, stamp in found.items()}
+    return TokenData(
+        folder=folder,
+        splits={name: np.memmap(path, dtype=dtype, mode='r') for name, path in files.items()},
+        meta=meta,
+        vocab_size=vocab_size,
+        tokenizer_spec=spec,
+        fingerprint=fingerprint(hashes) if hashes else None,
+    )
+
+
+def _mend(folder, meta):
+    """What to do about a broken or missing data set: the command that makes it."""
+    if isinstance(meta.get('command'), str):
+        return f'run {meta["command"]}'
+    if (folder / 'prepare.py').is_file():
+        return f'run python {folder / "prepare.py"}'
+    return f'make it with one of data/*/prepare.py --out_dir {folder}'
+
+
+def _read_meta(folder, vocab_size):
+    path = folder / META
+    mend = _mend(folder, {})
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise DataError(f'{path} is not JSON ({error}): {mend}') from error
+    wanted = {'format': int, 'vocab_size': int, 'dtype': str, 'splits': dict, 'tokenizer': dict}
+    for key, kind in wanted.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            raise DataError(f'{path} has no {key!r} ({kind.__name__}): {mend}')
+    if meta['format'] != FORMAT:
+        raise DataError(f'{path} has format {meta["format"]}, this program reads {FORMAT}: {mend}')
+    if meta['dtype'] not in DTYPES:
+        raise DataError(f'{path} has dtype {meta["dtype"]!r}, expected one of {", ".join(DTYPES)}: {mend}')
+    for name, split in meta['splits'].items():
+        if not isinstance(split, dict) or not isinstance(split.get('tokens'), int) or 'sha256' not in split:
+            raise DataError(f"{path} does not say the tokens and sha256 of split '{name}': {mend}")
+    if vocab_size and int(vocab_size) != meta['vocab_size']:
+        raise DataError(
+            f'{path} says a vocabulary of {meta["vocab_size"]}, vocab_size={vocab_size} was given: leave out '
+            'vocab_size'
+        )
+    return meta
+
+
+def _tokenizer_spec(folder, meta, mend):
+    """The spec in meta.json, made complete with the text of tokenizer.json where it stands beside it."""
+    if not meta:
+        return None
+    spec = dict(meta['tokenizer'])
+    if spec.get('kind') == 'tokenizers':
+        path = folder / 'tokenizer.json'
+        try:
+            spec['json'] = path.read_text(encoding='utf-8')
+        except (OSError, ValueError) as error:
+            raise DataError(f'{path} cannot be read ({error}): {mend}') from error
+    # a tiktoken encoding is known by its name only; tokenizer.from_spec checks it when it is loaded
+    if spec.get('kind') != 'tiktoken' and fingerprint(spec) != spec.get('fingerprint'):
+        raise DataError(
+            f'the tokenizer in {folder} has fingerprint {fingerprint(spec)[:12]}, the tokens were made with '
+            f'{str(spec.get("fingerprint"))[:12]}: {mend}'
+        )
+    return spec
+
+
+def _check_size(path, dtype, split, block_size, mend):
+    """What the directory entry alone tells: missing, empty, cut short, of another dtype, too short."""
+    if not path.is_file():
+        raise DataError(f'{path} is missing: {mend}')
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f'{path} is empty: {mend}')
+    if size % dtype.itemsize:
+        raise DataError(
+            f'{path} holds {size:,} bytes, not a whole number of {dtype.itemsize}-byte {dtype.name} tokens: '
+            f'it was cut short or is not a token file; {mend}'
+        )
+    tokens = size // dtype.itemsize
+    if split is not None and tokens != split['tokens']:
+        other = {
+            2 * split['tokens']: 'uint16',
+            4 * split['tokens']: 'uint32',
+            8 * split['tokens']: 'int64',
+        }.get(size)
+        why = (
+            f'it looks like {other}'
+            if other
+            else 'it was cut short'
+            if tokens < split['tokens']
+            else 'it grew'
+        )
+        raise DataError(
+            f'{path} holds {tokens:,} tokens of {dtype.name}, {META} says {split["tokens"]:,}: {why}; {mend}'
+        )
+    if block_size is not None and tokens <= block_size:
+        raise DataError(
+            f'{path} holds {tokens:,} tokens, block_size {block_size} needs at least {block_size + 1:,}: '
+            'take a smaller block_size or more text'
+        )
+
+
+def _verified(path, dtype, vocab_size, sha256, stamps, mend):
+    """Holds the file's content against the vocabulary and `sha256` (None: unknown) -> its stamp."""
+    stat = path.stat()
+    stamp = {
+        'size': stat.st_size,
+        'mtime_ns': stat.st_mtime_ns,
+        'dtype': dtype.name,
+        'vocab_size': vocab_size,
+    }
+    known = stamps.get(path.stem)
+    if not isinstance(known, dict) or {k: known.get(k) for k in stamp} != stamp or 'sha256' not in known:
+        known = {**stamp, 'sha256': _scan(path, dtype, vocab_size, sha256 is None, mend)}
+    if sha256 is not None and known['sha256'] != sha256:
+        raise DataError(
+            f'{path} has SHA-256 {known["sha256"][:12]}..., {META} says {sha256[:12]}...: it changed; {mend}'
+        )
+    return known
+
+
+def _scan(path, dtype, vocab_size, plain, mend):
+    """Reads the file once -> SHA-256; DataError at the first id outside the vocabulary."""
+    if path.stat().st_size >= 1 << 30:
+        print(f'verifying {path} ({path.stat().st_size / 1e9:.1f} GB), once', file=sys.stderr)
+    digest, position = hashlib.sha256(), 0
+    with path.open('rb') as file:
+        while block := file.read(SCAN_BYTES):
+            digest.update(block)
+            tokens = np.frombuffer(block, dtype)
+            if plain and position == 0:
+                _check_plain(path, block, tokens)
+            if tokens.max() >= vocab_size:
+                at = int(np.argmax(tokens >= vocab_size))
+                raise DataError(
+                    f'{path} holds token id {tokens[at]} at position {position + at:,}, the vocabulary has '
+                    f'{vocab_size:,} ids: another tokenizer wrote it, or not as {dtype.name}; {mend}'
+                )
+            position += len(tokens)
+    return digest.hexdigest()
+
+
+def _check_plain(path, block, tokens):
+    """A file that no meta.json describes may be of another format, all its ids in range nevertheless."""
+    if block.startswith(b'\x93NUMPY'):
+        raise DataError(f'{path} is a .npy file, raw tokens were expected: write them with array.tofile(...)')
+    if block.startswith(b'version https://git-lfs'):
+        raise DataError(f'{path} is a Git LFS pointer, not the file itself: run git lfs pull')
+    # ids below 2**16 in 4 or 8 bytes each: every second 16-bit number is 0
+    if tokens.dtype.itemsize == 2 and len(tokens) >= 16 and not tokens[1::2].any() and tokens[::2].any():
+        raise DataError(
+            f'{path} looks like tokens of 4 or 8 bytes, uint16 was expected: write them as uint16'
+        )
+
+
+def _read_stamps(folder):
+    try:
+        stamps = json.loads((folder / STAMP).read_text(encoding='utf-8'))
+        return stamps if isinstance(stamps, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_stamps(folder, stamps):
+    temporary = folder / f'{STAMP}.{os.getpid()}'
+    try:
+        temporary.write_text(json.dumps(stamps, indent=1), encoding='utf-8')
+        os.replace(temporary, folder / STAMP)
+    except OSError:  # a folder that cannot be written to is verified again next time
+        temporary.unlink(missing_ok=True)
+
 
 # -----------------------------------------------------------------------------
 # Batches: pure functions of their arguments. Nothing is consumed, so nothing has to be restored on resume,

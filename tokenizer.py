@@ -1,0 +1,378 @@
+"""Tokenizers: text to token ids and back, each known by a fingerprint and rebuilt from a JSON-able spec.
+
+Every class has the same face: `vocab_size`, `eot` (id of the token that ends a document, or None), `bos` (id
+that begins one, or None), `encode`, `encode_batch`, `decode`, `spec` and `fingerprint`. The text is ordinary
+text: '<|endoftext|>' written in a document is 13 characters, never the token. A checkpoint carries `spec`, so
+that decoding does not depend on the data folder: `from_spec(spec)` builds the tokenizer again and compares
+the fingerprint.
+
+`load(name)` knows: bytes | a tiktoken encoding (gpt2, cl100k_base, ...) | a tokenizer.json | a Hugging Face
+tokenizer folder | a Hugging Face repository (owner/name or owner/name@revision). The other two ways to get
+one read the corpus first: `train_bpe(texts, vocab_size)` and `Chars(characters)`.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+END_OF_TEXT = '<|endoftext|>'
+# names of the token that ends a document, for a tokenizer.json that comes without a config beside it
+END_NAMES = (END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|eot_id|>', '[EOS]')
+HF_FILES = (
+    'tokenizer.json',
+    'vocab.json',
+    'merges.txt',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'config.json',
+)
+# What tiktoken reads for the GPT-2 encoding. It names a cached file by the SHA-1 of its address, and deletes
+# one whose SHA-256 is not this.
+GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+GPT2_SHA256 = {
+    'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+}
+
+
+class TokenizerError(Exception):
+    """A tokenizer that cannot be had, in one line: what, why, and the mend."""
+
+
+def well_formed(text):
+    """The text with lone surrogates replaced by U+FFFD: they have no UTF-8 form."""
+    try:
+        text.encode('utf-8')
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+
+def fingerprint(spec):
+    """SHA-256 (hex) of a spec without its fingerprint. For tiktoken a spec names an encoding and does not
+    hold it, so `Tiktoken` adds the encoding's ranks first."""
+    text = json.dumps({k: v for k, v in spec.items() if k != 'fingerprint'}, sort_keys=True)
+    return hashlib.sha256(text.encode('ascii')).hexdigest()
+
+
+class Tokenizer:
+    """The common part. A subclass sets `kind`, `vocab_size`, `eot` and `bos`, hands its part of the spec to
+    `__init__`, and has `_encode_batch` and `_decode`."""
+
+    kind = ''
+    eot = None
+    bos = None
+
+    def __init__(self, definition, identity=None):
+        """`definition`: this kind's part of the spec. `identity`: what is fingerprinted where that is not
+        it."""
+        spec = {'kind': self.kind, **definition, 'eot': self.eot, 'bos': self.bos}
+        self.fingerprint = fingerprint(spec if identity is None else {**spec, **identity})
+        self.spec = {**spec, 'fingerprint': self.fingerprint}
+
+    def encode(self, text):
+        """str -> list of ids."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts):
+        """list of str -> list of lists of ids."""
+        return self._encode_batch([well_formed(text) for text in texts])
+
+    def encode_utf8_batch(self, pieces):
+        """list of UTF-8 bytes -> list of lists of ids; UnicodeDecodeError where they are not UTF-8."""
+        return self._encode_batch([piece.decode('utf-8') for piece in pieces])
+
+    def decode(self, ids):
+        """ids (any iterable of int) -> str; bytes that are not UTF-8 become U+FFFD. ValueError: no such
+        id."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f'token id {i} is not in the vocabulary of {self.vocab_size}')
+        return self._decode(ids)
+
+
+class Bytes(Tokenizer):
+    """Ids 0..255 are the bytes of the UTF-8 text; 256 ends a document."""
+
+    kind = 'bytes'
+    vocab_size = 257
+    eot = 256
+
+    def __init__(self):
+        super().__init__({})
+
+    def _encode_batch(self, texts):
+        return [list(text.encode('utf-8')) for text in texts]
+
+    def encode_utf8_batch(self, pieces):
+        return [list(piece) for piece in pieces]  # any bytes will do: nothing is decoded
+
+    def _decode(self, ids):
+        end = END_OF_TEXT.encode('ascii')
+        return b''.join(end if i == self.eot else bytes([i]) for i in ids).decode('utf-8', 'replace')
+
+
+class Chars(Tokenizer):
+    """One id per character of a fixed list. There is no end-of-text id."""
+
+    kind = 'chars'
+
+    def __init__(self, characters):
+        self.characters = list(characters)
+        self.ids = {c: i for i, c in enumerate(self.characters)}
+        if not self.characters or len(self.ids) != len(self.characters) or any(len(c) != 1 for c in self.ids):
+            raise TokenizerError('a character tokenizer needs a list of single characters, each once')
+        self.vocab_size = len(self.characters)
+        super().__init__({'characters': self.characters})
+
+    def _encode_batch(self, texts):
+        try:
+            return [[self.ids[c] for c in text] for text in texts]
+        except KeyError as error:
+            c = error.args[0]
+            raise TokenizerError(
+                f'the character {c!r} (U+{ord(c):04X}) is not among the {self.vocab_size} of this tokenizer'
+            ) from None
+
+    def _decode(self, ids):
+        return ''.join(self.characters[i] for i in ids)
+
+
+class Tiktoken(Tokenizer):
+    """An encoding that ships with tiktoken, by name."""
+
+    kind = 'tiktoken'
+
+    def __init__(self, name):
+        self.encoding = _tiktoken_encoding(name)
+        self.vocab_size = self.encoding.n_vocab
+        self.eot = self.encoding._special_tokens.get(END_OF_TEXT)
+        # not the pattern that splits words: tiktoken rewrites it for speed without changing what it matches
+        ranks = hashlib.sha256()
+        for token, rank in sorted(self.encoding._mergeable_ranks.items()):
+            ranks.update(b'%d %s\n' % (rank, token.hex().encode('ascii')))
+        identity = {'ranks': ranks.hexdigest(), 'special': self.encoding._special_tokens}
+        super().__init__({'name': name}, identity)
+
+    def _encode_batch(self, texts):
+        return self.encoding.encode_ordinary_batch(texts, num_threads=1)
+
+    def _decode(self, ids):
+        return self.encoding.decode(ids, errors='replace')
+
+
+def _tiktoken_encoding(name):
+    import tiktoken
+
+    if name not in tiktoken.list_encoding_names():
+        known = ', '.join(tiktoken.list_encoding_names())
+        raise TokenizerError(f'tiktoken has no encoding {name!r}; it has {known}')
+    folder = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get('DATA_GYM_CACHE_DIR'))
+    if folder is None:
+        folder = str(Path(tempfile.gettempdir()) / 'data-gym-cache')  # as tiktoken does
+    wanted = {}
+    if name == 'gpt2' and folder:
+        for file, sha256 in GPT2_SHA256.items():
+            url = GPT2_URL + file
+            cached = Path(folder) / hashlib.sha1(url.encode('ascii')).hexdigest()
+            wanted[url] = cached
+            if cached.is_file() and hashlib.sha256(cached.read_bytes()).hexdigest() != sha256:
+                raise TokenizerError(
+                    f'{cached} is not {url} (its SHA-256 is not {sha256}): delete it or replace it; '
+                    'tiktoken itself would delete it without a word'
+                )
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network brings: one line that says what to do without one
+        missing = [f'download {url} to {path}' for url, path in wanted.items() if not path.is_file()]
+        how = ' and '.join(missing) or f'run it once where there is a network, and copy the files of {folder}'
+        raise TokenizerError(
+            f'tiktoken cannot load the encoding {name} ({type(error).__name__}); without a network: {how}, '
+            'then set TIKTOKEN_CACHE_DIR to that folder'
+        ) from error
+
+
+class HuggingFace(Tokenizer):
+    """Anything that the `tokenizers` library reads from the text of a tokenizer.json."""
+
+    kind = 'tokenizers'
+
+    def __init__(self, text, eot=None, bos=None):
+        """`text`: a tokenizer.json; `eot`, `bos`: ids, or None."""
+        import tokenizers
+
+        try:
+            content = json.loads(text)
+            # a stored maximum length would cut documents short without a word
+            content['truncation'] = content['padding'] = None
+            self.text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.text)
+        except Exception as error:  # tokenizers raises bare Exception
+            reason = ' '.join(str(error).split())
+            raise TokenizerError(f'not a tokenizer.json that `tokenizers` can read: {reason}') from error
+        self.tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is text
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        for which, value in (('eot', eot), ('bos', bos)):
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise TokenizerError(f'{which} {value} is not in the vocabulary of {self.vocab_size}')
+        self.eot, self.bos = eot, bos
+        super().__init__({'json': self.text})
+
+    def _encode_batch(self, texts):
+        return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def train_bpe(texts, vocab_size):
+    """A byte-level BPE with GPT-2's word pattern, trained on `texts` (iterable of str); <|endoftext|> is id
+    0.
+
+    The result depends on the texts alone, not on their order or on the number of threads. A small corpus may
+    give fewer than `vocab_size` tokens. TokenizerError where 257 do not fit.
+    """
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise TokenizerError(f'a byte-level BPE has at least {len(alphabet) + 1} tokens, not {vocab_size}')
+    model = Model(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    return HuggingFace(model.to_str(), eot=model.token_to_id(END_OF_TEXT))
+
+
+def from_spec(spec):
+    """The tokenizer of a spec. TokenizerError where its fingerprint is not the one that the spec holds."""
+    builders = {
+        'bytes': Bytes,
+        'chars': lambda: Chars(spec['characters']),
+        'tiktoken': lambda: Tiktoken(spec['name']),
+        'tokenizers': lambda: HuggingFace(spec['json'], spec['eot'], spec['bos']),
+    }
+    try:
+        build, expected = builders[spec['kind']], spec['fingerprint']
+        tokenizer = build()
+    except (KeyError, TypeError) as error:
+        raise TokenizerError(f'not a tokenizer spec: {error} is missing or unknown') from error
+    if tokenizer.fingerprint != expected:
+        raise TokenizerError(
+            f'the {tokenizer.kind} tokenizer here has fingerprint {tokenizer.fingerprint[:12]}, '
+            f'the one that made the tokens had {str(expected)[:12]}: its ids mean other text'
+        )
+    return tokenizer
+
+
+def load(name):
+    """The tokenizer of that name (the module's docstring lists the forms), or TokenizerError."""
+    path = Path(name).expanduser()
+    if name == 'bytes':
+        return Bytes()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_json_file(path)
+    if path.suffix == '.json':
+        raise TokenizerError(f'{path} does not exist')
+    repo, _, revision = name.partition('@')
+    if repo.count('/') == 1 and not repo.startswith(('.', '/', '~')):
+        return _from_folder(_download(repo, revision or None))
+    if '/' in name or '\\' in name:
+        raise TokenizerError(f'{path} does not exist: not a tokenizer.json, and not a folder with one')
+    return Tiktoken(name)
+
+
+def _download(repo, revision):
+    """The tokenizer's files of a Hugging Face repository, in the local cache -> folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HF_FILES)))
+    except Exception as error:
+        raise TokenizerError(
+            f'cannot download https://huggingface.co/{repo} ({type(error).__name__}); without a network: put '
+            f'its {", ".join(HF_FILES[:5])} (those that it has) in a folder and give that folder; or, with a '
+            'copy in the cache of huggingface_hub, set HF_HUB_OFFLINE=1'
+        ) from error
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f'{path} is not JSON: {error}') from error
+
+
+def _from_json_file(path):
+    """A tokenizer.json without the config files beside it: the end of text is known by its name."""
+    content = _read_json(path)
+    names = {}
+    for token in (content.get('added_tokens') or []) if isinstance(content, dict) else []:
+        names[token.get('content')] = token.get('id')
+    eot = next((names[name] for name in END_NAMES if name in names), None)
+    return HuggingFace(path.read_text(encoding='utf-8'), eot=eot)
+
+
+def _from_folder(folder):
+    """A Hugging Face tokenizer folder: tokenizer.json, or vocab.json and merges.txt as GPT-2 has them."""
+    configs = {}
+    for file in ('config.json', 'special_tokens_map.json', 'tokenizer_config.json'):  # the later wins
+        if (folder / file).is_file():
+            configs.update({k: v for k, v in _read_json(folder / file).items() if v is not None})
+    # a token is written as its text or as {"content": text, ...}
+    special = {
+        k: v['content'] if isinstance(v, dict) else v for k, v in configs.items() if k.endswith('_token')
+    }
+    special = {k: v for k, v in special.items() if isinstance(v, str)}
+    if (folder / 'tokenizer.json').is_file():
+        text = (folder / 'tokenizer.json').read_text(encoding='utf-8')
+    elif (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
+        text = _gpt2_json(folder, special, bool(configs.get('add_prefix_space', False)))
+    else:
+        raise TokenizerError(
+            f'{folder} holds neither tokenizer.json nor vocab.json and merges.txt: where `transformers` is '
+            'installed, AutoTokenizer.from_pretrained(...).save_pretrained(...) writes a tokenizer.json'
+        )
+    vocabulary = HuggingFace(text).tokenizer
+
+    def token_id(which):
+        """The id of 'eos' or 'bos': by the token's text, else by config.json's number (a list: the first)."""
+        number = configs.get(f'{which}_token_id')
+        number = number[0] if isinstance(number, list) and number else number
+        found = vocabulary.token_to_id(special[f'{which}_token']) if f'{which}_token' in special else None
+        return number if found is None and isinstance(number, int) else found
+
+    eot = token_id('eos')
+    if eot is None:
+        eot = next((i for i in map(vocabulary.token_to_id, END_NAMES) if i is not None), None)
+    return HuggingFace(text, eot=eot, bos=token_id('bos'))
+
+
+def _gpt2_json(folder, special, add_prefix_space):
+    """The text of a tokenizer.json for a folder with only vocab.json and merges.txt."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Model
+
+    try:
+        model = Model(models.BPE.from_file(str(folder / 'vocab.json'), str(folder / 'merges.txt')))
+    except Exception as error:
+        raise TokenizerError(f'{folder}: vocab.json and merges.txt cannot be read: {error}') from error
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    model.decoder = decoders.ByteLevel()
+    added = folder / 'added_tokens.json'
+    if added.is_file():
+        model.add_tokens([token for token, _ in sorted(_read_json(added).items(), key=lambda item: item[1])])
+    # only tokens with an id of their own: a name that the vocabulary lacks would get an id that no model has
+    known = {token for token in (*special.values(), END_OF_TEXT) if model.token_to_id(token) is not None}
+    model.add_special_tokens([AddedToken(t, special=True) for t in sorted(known, key=model.token_to_id)])
+    return model.to_str()
