@@ -3,12 +3,14 @@
 The boundary that every attention keeps:  y = attention(x, memory, cache)
 
     x       (B, T, n_embd), the normalised residual stream
-    memory  a list, local to one forward pass, with one entry per earlier layer: what that layer chose to
-            publish (here its keys and values). The attention reads it and appends its own entry.
+    memory  what the layers of one forward pass share (`Memory`): memory.published has one entry per earlier
+            layer, what that layer chose to publish (here its keys and values); the attention reads it and
+            appends its own entry. memory.rotate puts positions into queries and keys where they are rotary.
     cache   this layer's state from earlier tokens, made by attention.new_cache(); None without generation
     y       (B, T, n_embd), to be added to the residual stream
 
-Which heads read which layer is data (plans.py). Dimensions: B batch, T time, C n_embd.
+Which heads read which layer is data (plans.py); norms, MLPs and positions are classes that a config names
+(NORMS, MLPS, POSITIONS). Dimensions: B batch, T time, C n_embd.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -35,9 +38,13 @@ class GPTConfig:
     n_head: int = 8
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False  # biases in linear layers and norms
+    bias: bool = False  # biases in linear layers and layernorms (an rmsnorm has none)
     attention: str = 'vanilla'  # a plan of plans.py
     head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, lag 1, lag 2, …
+    norm: str = 'layernorm'  # layernorm | rmsnorm, before each half of a block and before the head
+    mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
+    position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
+    qk_norm: bool = False  # an rmsnorm per head on queries and keys
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -53,8 +60,15 @@ class GPTConfig:
             raise ValueError(
                 f'vocab_used={self.vocab_used}: must be between 0 and vocab_size={self.vocab_size}'
             )
-        if self.attention not in PLANS:
-            raise ValueError(f'attention={self.attention!r} is unknown: one of {", ".join(PLANS)}')
+        choices = {'attention': PLANS, 'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name}={getattr(self, name)!r} is unknown: one of {", ".join(known)}')
+        if self.position == 'rotary' and self.head_size % 2:
+            raise ValueError(
+                f"position='rotary' turns pairs of numbers, but n_embd={self.n_embd} / n_head={self.n_head} "
+                f'gives heads of {self.head_size}: choose an even head size'
+            )
         self.head_plan()
 
     @property
@@ -64,6 +78,79 @@ class GPTConfig:
     def head_plan(self) -> HeadPlan:
         """The checked plan of `attention`; ValueError with the numbers where it does not fit."""
         return HeadPlan(PLANS[self.attention](self), self.n_head)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019), in fp32 whatever x is."""
+
+    def __init__(self, size: int, bias: bool = False):
+        """bias: taken so that all NORMS are made alike; an RMSNorm has none."""
+        super().__init__(size, eps=1e-5)
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
+NORMS = {'layernorm': nn.LayerNorm, 'rmsnorm': RMSNorm}
+
+
+class LearnedPosition(nn.Embedding):
+    """A learned vector per position, added to the token's (GPT-2).
+
+    Every position kind is called as  x, rotate = position(x, pos):  x (B, T, n_embd) embedded tokens, pos
+    (B or 1, T) their positions; attentions apply `rotate` to queries and keys (B, heads, T, head_size).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.block_size, config.n_embd)
+
+    def forward(self, x, pos):
+        return x + super().forward(pos), unrotated
+
+
+class RotaryPosition(nn.Module):
+    """Queries and keys are turned by angles that grow with the position (Su et al., 2021; half-split pairs,
+    base 10000): their product then depends on the distance alone. Has no parameters and keeps no tables."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.head_size = config.head_size
+
+    def forward(self, x, pos):
+        pairs = torch.arange(0, self.head_size, 2, device=pos.device, dtype=torch.float32)
+        angle = pos[:, None, :, None].float() * 10000.0 ** (-pairs / self.head_size)  # (B or 1, 1, T, hs / 2)
+        return x, partial(rotate, cos=angle.cos(), sin=angle.sin())
+
+
+class NoPosition(nn.Module):
+    """Nothing tells positions apart but the causal mask (Haviv et al., 2022)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+
+    def forward(self, x, pos):
+        return x, unrotated
+
+
+POSITIONS = {'learned': LearnedPosition, 'rotary': RotaryPosition, 'none': NoPosition}
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, T, hs), each pair (x[i], x[i + hs / 2]) turned by its angle; in fp32, returned as x is."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def unrotated(x):
+    return x
+
+
+class Memory:
+    """What the layers of one forward pass share beside x; made for that pass and dropped with it."""
+
+    def __init__(self, rotate=unrotated):
+        self.published = []  # one entry per layer so far: what it chose to publish to the layers after it
+        self.rotate = rotate  # of queries and keys (B, heads, T, head_size), at the positions of x
 
 
 class HeadLinear(nn.Linear):
@@ -100,7 +187,7 @@ class HeadPlanAttention(nn.Module):
     """Causal attention whose heads read keys and values, of this layer or earlier ones, that a plan names.
 
     One projection, one gather, one scaled-dot-product-attention call, whatever the plan. Publishes
-    (key pieces, value pieces) to `memory`: its produced heads, cut where readers need them.
+    (key pieces, value pieces): its produced heads, cut where readers need them; keys normed and rotated.
     """
 
     def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
@@ -115,20 +202,25 @@ class HeadPlanAttention(nn.Module):
         heads += [n_head + h for h in plan.keys[layer]] + [2 * n_head + h for h in plan.values[layer]]
         self.c_attn = HeadLinear(config.n_embd, self.head_size, heads, 3 * n_head, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        # over each head's numbers, one weight for all heads of the layer (as Qwen 3, Gemma 3)
+        self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, memory: list, cache: KVCache | None = None):
+    def forward(self, x, memory: Memory, cache: KVCache | None = None):
         B, T, C = x.shape
         hs = self.head_size
         q, k, v = self.c_attn(x).split([self.n_head * hs, self.n_key * hs, self.n_value * hs], dim=2)
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, n_head, T, hs)
         k = k.view(B, T, self.n_key, hs).transpose(1, 2)  # (B, n_key, T, hs)
         v = v.view(B, T, self.n_value, hs).transpose(1, 2)  # (B, n_value, T, hs)
+        q = memory.rotate(self.q_norm(q))
+        k = memory.rotate(self.k_norm(k))  # lagged heads read it as it is from here on
         if cache is not None:
             k, v = cache.append(k, v)  # T is now S >= T: tokens of earlier calls come first
-        memory.append((k.split(self.key_cuts, dim=1), v.split(self.value_cuts, dim=1)))
-        k = self.gather(k, self.key_reads, [keys for keys, _ in memory])  # (B, n_head, S, hs)
-        v = self.gather(v, self.value_reads, [values for _, values in memory])  # (B, n_head, S, hs)
+        memory.published.append((k.split(self.key_cuts, dim=1), v.split(self.value_cuts, dim=1)))
+        k = self.gather(k, self.key_reads, [keys for keys, _ in memory.published])  # (B, n_head, S, hs)
+        v = self.gather(v, self.value_reads, [values for _, values in memory.published])  # (B, n_head, S, hs)
         S = k.size(2)
         y = F.scaled_dot_product_attention(
             q,
@@ -166,10 +258,14 @@ class HeadPlanAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, 4 n_embd wide between them (GPT-2)."""
+
+    approximate = 'none'  # the exact GELU
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
+        self.gelu = nn.GELU(approximate=self.approximate)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -177,15 +273,43 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
+class TanhMLP(MLP):
+    """The same with the tanh approximation that GPT-2's published weights were trained with."""
+
+    approximate = 'tanh'
+
+
+class SwiGLU(nn.Module):
+    """c_proj(silu(c_gate(x)) * c_fc(x)) (Shazeer, 2020).
+
+    The hidden size is the multiple of 64 nearest to 8/3 n_embd: three matrices then have the parameters of
+    MLP's two (exactly at 768 or 1536, 1.6 % fewer at 512).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        hidden = 64 * max(1, round(8 * config.n_embd / 3 / 64))
+        self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
+
+
+MLPS = {'gelu': MLP, 'gelu_tanh': TanhMLP, 'swiglu': SwiGLU}
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, attn: nn.Module):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config.n_embd, bias=config.bias)
         self.attn = attn
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = NORMS[config.norm](config.n_embd, bias=config.bias)
+        self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x, memory: list, cache=None):
+    def forward(self, x, memory: Memory, cache=None):
         x = x + self.attn(self.ln_1(x), memory, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -208,10 +332,10 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 'wte': nn.Embedding(config.vocab_size, config.n_embd),
-                'wpe': nn.Embedding(config.block_size, config.n_embd),
+                'wpe': POSITIONS[config.position](config),  # has parameters only where they are learned
                 'drop': nn.Dropout(config.dropout),
                 'h': nn.ModuleList([Block(config, attn) for attn in attentions]),
-                'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias),
+                'ln_f': NORMS[config.norm](config.n_embd, bias=config.bias),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -239,13 +363,15 @@ class GPT(nn.Module):
                 module.bias.zero_()
 
     def get_extra_state(self) -> str:
-        """Saved with the weights: what each layer's attention computes. Shapes do not tell plans apart."""
-        return '\n'.join(block.attn.describe() for block in self.transformer.h)
+        """Saved with the weights: what the layers compute. Shapes do not tell plans, norms, … apart."""
+        c = self.config
+        blocks = f'norm {c.norm}, mlp {c.mlp}, position {c.position}, qk_norm {c.qk_norm}'
+        return '\n'.join([blocks, *(block.attn.describe() for block in self.transformer.h)])
 
     def set_extra_state(self, state: str):
         if state != self.get_extra_state():
             raise ValueError(
-                'these weights belong to another attention plan: they were trained as\n'
+                'these weights belong to another attention plan or kind of block: they were trained as\n'
                 f'{state}\nand this model (attention={self.config.attention!r}) is\n{self.get_extra_state()}'
             )
 
@@ -260,9 +386,10 @@ class GPT(nn.Module):
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
-        pos = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
-        memory = []  # one entry per layer: what it published to the layers after it
+        pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
+        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
+        x = self.transformer.drop(x)
+        memory = Memory(rotate)
         for i, block in enumerate(self.transformer.h):
             x = block(x, memory, cache.layers[i] if cache is not None else None)
         if cache is not None:
@@ -283,7 +410,7 @@ class GPT(nn.Module):
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, without the position embedding by default (nanoGPT's count: wte is also lm_head)."""
         total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        return total - sum(p.numel() for p in self.transformer.wpe.parameters()) if non_embedding else total
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
         """FLOPs per token of one pass over sequences of T tokens (default block_size).
@@ -325,7 +452,7 @@ class GPT(nn.Module):
         """Yield the next token (B, 1), max_new_tokens times, after the prompt idx (B, T >= 1).
 
         temperature 0 is greedy. Ids of padding rows (from vocab_used on) are never drawn. generator: of the
-        draws; None is torch's global one. When the context outgrows block_size (positions are learned), the
+        draws; None is torch's global one. When the context outgrows block_size (the positions trained), the
         last block_size // 2 tokens are kept and read again: the cost per token stays bounded, and tokens are
         the same with and without the cache.
         """
