@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from configurator import ConfigError, configure
-from tokenizer import from_spec
 
 import checkpoint
+from configurator import ConfigError, configure
 from system import autocast_for, pick_device, pick_dtype
+from tokenizer import TokenizerError, from_spec
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,6 @@ def main(argv: list[str]) -> int:
 if __name__ == '__main__':
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, checkpoint.CheckpointError) as e:
-        sys.exit(f'error: {e}')
+    except (ConfigError, TokenizerError, checkpoint.CheckpointError) as e:
+        print(f'sample.py: {e}', file=sys.stderr)
+        sys.exit(2)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tokenizer import fingerprint
 
@@ -278,13 +277,13 @@ def batch_starts(n_tokens, seed, step, micro, batch_size, block_size) -> np.ndar
 
 
 def get_batch(tokens, seed, step, micro, batch_size, block_size):
-    """One micro-batch of a split: x and y, int64 (batch_size, block_size); y is one token ahead."""
+    """One micro-batch of a split: int64 arrays x and y (batch_size, block_size), y one token ahead."""
     return windows(tokens, batch_starts(len(tokens), seed, step, micro, batch_size, block_size), block_size)
 
 
 def windows(tokens, starts, block_size):
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
-    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
 def eval_starts(n_tokens, block_size, n_windows):
@@ -313,8 +312,8 @@ def eval_batch(tokens, starts, skip, index, batch_size, block_size):
     x, y = windows(tokens, starts[mine], block_size)
     for row, n in enumerate(skip[mine]):
         y[row, : int(n)] = -1
-    missing = batch_size - x.size(0)
+    missing = batch_size - len(x)
     if missing:
-        x = torch.cat([x, x[:1].expand(missing, -1)])
-        y = torch.cat([y, torch.full((missing, block_size), -1)])
+        x = np.concatenate([x, np.zeros((missing, block_size), dtype=np.int64)])
+        y = np.concatenate([y, np.full((missing, block_size), -1)])
     return x, y

@@ -27,17 +27,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from configurator import ConfigError, configure, from_dict
-from tokenizer import from_spec
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
 import metrics
+from configurator import ConfigError, configure, from_dict
 from model import GPT, GPTConfig
 from sample import stream_text
 from system import autocast_for, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
+from tokenizer import TokenizerError, from_spec
 
 ROOT = Path(__file__).resolve().parent
 
@@ -76,6 +76,10 @@ class Knobs:
     bias: bool = False  # biases in linear layers and norms
     attention: str = 'vanilla'  # a plan of plans.py: vanilla | reflex | reflex_all
     head_split: str = '4-2-2'  # attention='reflex': how many heads have lag 0, lag 1, lag 2, …
+    norm: str = 'layernorm'  # layernorm | rmsnorm
+    mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
+    position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
+    qk_norm: bool = False  # an rmsnorm per head on queries and keys
     # optimizer
     learning_rate: float = 1e-3  # the highest, after warm-up
     max_iters: int = 5000  # optimizer steps
@@ -209,7 +213,8 @@ def evaluate(model, splits, k: Knobs, device, autocast, rank, world) -> dict[str
         sums = torch.zeros(n_batches, dtype=torch.float32, device=device)
         counts = torch.zeros(n_batches, dtype=torch.float32, device=device)
         for i in range(rank, n_batches, world):
-            x, y = eval_batch(tokens, starts, skip, i, k.batch_size, k.block_size)
+            batch = eval_batch(tokens, starts, skip, i, k.batch_size, k.block_size)
+            x, y = (torch.from_numpy(a) for a in batch)
             counts[i] = (y != -1).sum()
             with torch.no_grad(), autocast():
                 sums[i] = model(x.to(device), y.to(device))[1] * counts[i]
@@ -295,10 +300,16 @@ def describe_run(out_dir: Path) -> str:
         return 'a run'
 
 
+def bytes_per_token(data) -> dict[str, float]:
+    """Bytes of text per token of each split: nats per token / (bytes per token * ln 2) is bits per byte."""
+    splits = data.meta.get('splits', {})
+    return {name: split['bytes'] / split['tokens'] for name, split in splits.items() if 'bytes' in split}
+
+
 def main(argv: list[str]) -> int:
     k, given, files = configure(Knobs, argv, __doc__)
     if not k.out_dir:
-        names = [Path(f).stem for f in files if Path(f).stem != 'default'] or ['default']
+        names = [f.stem for f in files] or ['default']
         k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
     check(k)
 
@@ -419,7 +430,12 @@ def main(argv: list[str]) -> int:
                 'kv_heads': [list(block.attn.heads_produced()) for block in model.transformer.h],
                 'vocab_size': vocab_size,
             },
-            'data': data.summary(),
+            'data': {
+                'folder': k.dataset,
+                'fingerprint': data.fingerprint,
+                'tokens': {name: len(tokens) for name, tokens in data.splits.items()},
+                'bytes_per_token': bytes_per_token(data),
+            },
             'tokens_per_step': tokens_per_step,
             'status': 'running',
         }
@@ -461,7 +477,8 @@ def main(argv: list[str]) -> int:
 
     def fetch(step: int, j: int):
         micro = j * world + rank
-        x, y = get_batch(train_tokens, k.seed, step, micro, k.batch_size, k.block_size)
+        batch = get_batch(train_tokens, k.seed, step, micro, k.batch_size, k.block_size)
+        x, y = (torch.from_numpy(a) for a in batch)
         if device_type == 'cuda':  # pinned, so that the copy runs beside the computation
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
@@ -575,8 +592,6 @@ def main(argv: list[str]) -> int:
 if __name__ == '__main__':
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, checkpoint.CheckpointError) as e:
-        sys.exit(f'error: {e}')
-    except TrainingError as e:
-        print(f'stopped: {e}', file=sys.stderr)
-        sys.exit(3)
+    except (ConfigError, DataError, TokenizerError, checkpoint.CheckpointError, TrainingError) as e:
+        print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(2)
