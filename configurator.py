@@ -102,15 +102,6 @@ def from_dict(cls, values, where):
     return cls(**{name: _checked(cls, name, value, where) for name, value in values.items()})
 
 
-def run_program(main, errors=ConfigError):
-    """Call main(argv); one of `errors` (a class or a tuple) becomes a line on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:])
-    except errors as error:
-        print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
-        sys.exit(2)
-
-
 def help_text(cls, doc=''):
     """`doc`, then every knob of `cls` by section: default, type, and the comment that ends its line."""
     comments, section = {}, ''
@@ -120,27 +111,28 @@ def help_text(cls, doc=''):
         knobs = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
         names = {row: knob.target.id for knob in knobs for row in range(knob.lineno, knob.end_lineno + 1)}
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                (row, column), text = token.start, token.string.lstrip('# ')
-                if row in names:
+            (row, column), text = token.start, token.string.lstrip('# ')
+            if row in names:
+                comments.setdefault(names[row], (section, ''))
+                if token.type == tokenize.COMMENT:
                     comments[names[row]] = section, text
-                elif not token.line[:column].strip():
-                    section = f'{section} {text}' if row == section_row + 1 else text
-                    section_row = row
-    lines, section = [doc.strip(), _USAGE.rstrip()], ''
+            elif token.type == tokenize.COMMENT and not token.line[:column].strip():
+                section = f'{section} {text}' if row == section_row + 1 else text
+                section_row = row
+    lines, section = [doc.strip(), _USAGE.rstrip()], None
     for f in fields(cls):
         kind, optional = _kinds(cls)[f.name]
         default = shlex.quote(f.default) if isinstance(f.default, str) else str(f.default).lower()
         head = f'  --{f.name}={default}  ({kind.__name__}{" or none" if optional else ""})  '
-        f_section, text = comments.get(f.name, (section, ''))
-        if f_section != section:
-            section = f_section
-            lines += ['', section]
+        if comments[f.name][0] != section:
+            section = comments[f.name][0]
+            lines += ['', section] if section else ['']
         if len(head) > 44:
             lines.append(head)
             head = ''
         indent = ' ' * 44
-        lines += textwrap.wrap(text, 110, initial_indent=head.ljust(44), subsequent_indent=indent) or [head]
+        text = head.ljust(44) + comments[f.name][1]
+        lines += textwrap.wrap(text, 110, subsequent_indent=indent, break_on_hyphens=False)
     return '\n'.join(line.rstrip() for line in lines).lstrip()
 
 
