@@ -25,11 +25,11 @@ class Knobs:
     out_dir: str = 'out/quickstart'  # the folder of a run
     checkpoint: str = ''  # best.pt | last.pt | previous.pt; '' = best.pt if there is one, else last.pt
     start: str = ''  # the prompt, or FILE:prompt.txt; '' = begin a new document
-    num_samples: int = 1
+    num_samples: int = 1  # texts to draw from the same prompt
     max_new_tokens: int = 300  # tokens per sample
     temperature: float = 0.8  # below 1: safer, above: wilder; 0 = always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens only; 0 = from all
-    seed: int = 1337
+    seed: int = 1337  # of the draws: the same seed gives the same text
     use_cache: bool = True  # false: recompute the whole context for every token (same tokens, slow)
     device: str = 'auto'  # auto (cuda, mps or cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'  # auto | float32 | bfloat16 | float16

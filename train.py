@@ -59,7 +59,7 @@ class Knobs:
     seed: int = 1337  # of initial weights, batches and dropout, each with a generator of its own
     # wandb
     wandb_log: bool = False  # send the same metrics to wandb; if it fails, training goes on without it
-    wandb_project: str = 'reflex-attention'
+    wandb_project: str = 'reflex-attention'  # the project that wandb files the run under
     wandb_run_name: str = ''  # '' = the name of out_dir
     wandb_group: str = ''  # runs of one experiment, such as the seeds of an arm
     # data
@@ -69,10 +69,10 @@ class Knobs:
     batch_size: int = 32  # sequences per micro-batch
     block_size: int = 1024  # tokens per sequence
     # model
-    n_layer: int = 6
-    n_head: int = 8
-    n_embd: int = 768
-    dropout: float = 0.0
+    n_layer: int = 6  # blocks
+    n_head: int = 8  # attention heads per layer
+    n_embd: int = 768  # width of the residual stream, a multiple of n_head
+    dropout: float = 0.0  # on embeddings, attention weights and the outputs of attention and MLP
     bias: bool = False  # biases in linear layers and norms
     attention: str = 'vanilla'  # a plan of plans.py: vanilla | reflex | reflex_all
     head_split: str = '4-2-2'  # attention='reflex': how many heads have lag 0, lag 1, lag 2, …
@@ -84,15 +84,15 @@ class Knobs:
     learning_rate: float = 1e-3  # the highest, after warm-up
     max_iters: int = 5000  # optimizer steps
     weight_decay: float = 0.1  # on matrices; norms and biases do not decay
-    beta1: float = 0.9
-    beta2: float = 0.98
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.98  # and of its square
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
     # learning-rate schedule
     decay_lr: bool = True  # warm up, then decay; false = learning_rate throughout
     lr_schedule: str = 'cosine'  # shape of the decay: cosine | linear
-    warmup_iters: int = 400
+    warmup_iters: int = 400  # iterations of linear rise from 0
     lr_decay_iters: int = 0  # iteration at which min_lr is reached; 0 = max_iters
-    min_lr: float = 1e-5
+    min_lr: float = 1e-5  # where the decay ends
     # system
     device: str = 'auto'  # auto (cuda, mps or cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'  # auto | float32 | bfloat16 | float16: autocast; weights stay float32
@@ -443,7 +443,7 @@ def main(argv: list[str]) -> int:
         name = k.wandb_run_name or out_dir.name
         wandb = metrics.Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)
         say(
-            f'{out_dir}: {k.attention} {k.head_split if k.attention == "reflex" else ""}'
+            f'{out_dir}: {k.attention}{" " + k.head_split if k.attention == "reflex" else ""}, '
             f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, '
             f'{model.num_params() / 1e6:.2f}M parameters; {tokens_per_step:,} tokens per step; '
             f'{device} {dtype}, {world} rank{"s" * (world > 1)}'
