@@ -261,7 +261,7 @@ class TrainingError(Exception):
 def resume_knobs(k: Knobs, given: dict, state: dict, say) -> Knobs:
     """The knobs of the interrupted run, with those given now on top; what must not change is refused."""
     saved = from_dict(Knobs, state['config'], 'the checkpoint')
-    session = {'out_dir', 'init_from', 'overwrite', 'device', 'compile', 'threads', 'backend', 'dist_timeout'}
+    session = {'out_dir', 'init_from', 'overwrite'}  # of this start, not of the run
     merged = replace(saved, **{**given, **{name: getattr(k, name) for name in session}})
     for name in (f.name for f in fields(Knobs) if f.name not in session):
         old, new = getattr(saved, name), getattr(merged, name)
