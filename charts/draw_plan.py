@@ -1,0 +1,85 @@
+"""Draw the head plan of any config as an SVG: which layer each head reads, and what is never computed.
+
+python charts/draw_plan.py config/reflex_422.py > charts/reflex_422.svg
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configurator import configure
+from train import Knobs, model_config
+
+COLOURS = ['#dbe5f1', '#f2a65a', '#7fb069', '#b388c9', '#d96c6c', '#6cc2bd', '#c9b458', '#8d99ae']  # by lag
+CELL, STEP, LEFT, TOP = 58, 66, 96, 112  # of a square, from head to head, and where the first one is
+ROW = 80  # from layer to layer
+CAPTION = (
+    'Each square is a head. Its queries come from its own layer; the number is the',
+    'layer whose keys and values it reads. Arrows show it for the last layer. A dot:',
+    "nobody reads this head's own key and value, so they are never computed.",
+)
+
+
+def text(x, y, size, words, more=''):
+    return f'<text x="{x}" y="{y}" font-size="{size}" {more}>{words}</text>'
+
+
+def square(x, y, size, lag):
+    colour = COLOURS[lag % len(COLOURS)]
+    return f'<rect x="{x}" y="{y}" width="{size}" height="{size}" rx="6" fill="{colour}" stroke="#555"/>'
+
+
+def svg(config, title: str) -> str:
+    """The picture of config's plan; label 'a/b' where a head reads key and value of different layers."""
+    plan, n_layer, n_head = config.head_plan(), config.n_layer, config.n_head
+    width, height = max(640, LEFT + n_head * STEP + 16), TOP + n_layer * ROW + 44
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="Helvetica, Arial, sans-serif" fill="#222">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" '
+        'orient="auto"><path d="M0 0 L8 4 L0 8 z"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        text(20, 34, 20, title, 'font-weight="bold"'),
+        *(text(20, 58 + 18 * i, 14, line, 'fill="#555"') for i, line in enumerate(CAPTION)),
+    ]
+
+    def corner(l, h):  # the first layer is at the bottom
+        return LEFT + h * STEP, TOP + (n_layer - 1 - l) * ROW
+
+    for l, layer in enumerate(plan.heads):
+        out.append(text(20, corner(l, 0)[1] + CELL / 2 + 5, 15, f'layer {l}'))
+        for h, head in enumerate(layer):
+            x, y = corner(l, h)
+            label = f'{head.key[0]}' if head.key == head.value else f'{head.key[0]}/{head.value[0]}'
+            out.append(square(x, y, CELL, l - min(head.key[0], head.value[0])))
+            out.append(text(x + CELL / 2, y + CELL / 2 + 8, 22, label, 'text-anchor="middle"'))
+            if h not in plan.keys[l] and h not in plan.values[l]:
+                out.append(f'<circle cx="{x + CELL - 10}" cy="{y + 10}" r="4"/>')
+    last = n_layer - 1
+    for h, head in enumerate(plan.heads[last]):
+        source, i = min(head.key, head.value)
+        if source == last:
+            continue
+        (x, y), (x_end, y_end) = corner(last, h), corner(source, i)
+        x, x_end, y = x + CELL / 2, x_end + CELL / 2, y + CELL
+        side = x + (STEP / 2 if source < last - 1 else 0)  # pass between the squares of the layers between
+        out.append(
+            f'<path d="M {x} {y} Q {side} {y + 4} {side} {y + 22} L {side} {y_end - 22} '
+            f'Q {side} {y_end - 8} {x_end} {y_end - 3}" fill="none" stroke="#222" stroke-width="2" '
+            'marker-end="url(#tip)"/>'
+        )
+    at = 20
+    for lag in sorted({l - min(h.key[0], h.value[0]) for l, layer in enumerate(plan.heads) for h in layer}):
+        name = {0: 'own layer', 1: 'layer before', 2: '2 before'}.get(lag, str(lag))
+        out += [square(at, height - 30, 18, lag), text(at + 26, height - 16, 14, name)]
+        at += 50 + 8 * len(name)
+    return '\n'.join([*out, '</svg>'])
+
+
+if __name__ == '__main__':
+    knobs = configure(Knobs, sys.argv[1:], __doc__).knobs
+    split = f' {knobs.head_split}' if knobs.attention == 'reflex' else ''
+    print(svg(model_config(knobs, 64, 64), knobs.attention + split))
