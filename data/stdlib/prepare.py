@@ -1,0 +1,69 @@
+"""Text that every machine with Python has: the sources of its standard library, tests left out.
+
+    python data/stdlib/prepare.py
+
+Every twentieth file, by a hash of its name, is validation; a byte-level BPE of 4096 tokens is trained on the
+rest. The text differs between Python versions, so compare losses only between runs on the same one.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+import sysconfig
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import corpus
+
+LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine
+BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine
+VAL_OF = 20  # one file of so many is validation
+LEAST = 100  # source files; with fewer, this Python came without its library's sources
+
+
+@dataclass(frozen=True)
+class PythonFile(corpus.TextFile):
+    """A Python source, in the encoding that it declares."""
+
+    def texts(self):
+        with tokenize.open(self.path) as file:
+            yield file.read()
+
+
+def sources(library):
+    """The library's files, {split: sources}."""
+    names = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in LEFT_OUT and not name.startswith(BUILT)]
+        found = [name for name in files if name.endswith('.py') and not name.startswith(BUILT)]
+        names += [Path(folder, name).relative_to(library).as_posix() for name in found]
+    splits = {'train': [], 'val': []}
+    for name in sorted(names):
+        number = int.from_bytes(hashlib.sha256(name.encode('utf-8')).digest()[:4], 'big')
+        splits['train' if number % VAL_OF else 'val'].append(PythonFile(str(library / name)))
+    if len(splits['train']) < LEAST:
+        raise corpus.CorpusError(
+            f'{library} holds {len(splits["train"])} source files: this Python came without the sources of '
+            'its library (compiled or zipped); install one with them, or give --files and --val_files'
+        )
+    return splits
+
+
+def main():
+    args = corpus.parser(__file__, __doc__, tokenizer='bpe:4096').parse_args()
+    if args.files:
+        splits, source = corpus.local_splits(args), None
+        if 'val' not in splits:
+            raise corpus.CorpusError('--files needs --val_files here')
+    else:
+        splits = sources(Path(sysconfig.get_path('stdlib')))
+        source = {'python': platform.python_version(), 'files': sum(map(len, splits.values()))}
+    corpus.prepare(args.out_dir, args.tokenizer, splits, source, num_proc=args.num_proc)
+
+
+if __name__ == '__main__':
+    corpus.run(main)
