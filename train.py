@@ -3,6 +3,7 @@
     python train.py config/reflex_422.py                                     # one process
     python train.py config/reflex_422.py config/size_cpu.py --max_iters=100  # configs in order, flags win
     torchrun --standalone --nproc_per_node=2 train.py config/reflex_422.py   # several ranks, one host
+    python train.py config/finetune_shakespeare.py --init_from=gpt2-medium   # from GPT-2-shaped weights
     python train.py --out_dir=out/reflex_422 --init_from=resume              # go on after any interruption
 
 Results: OUT_DIR/metrics.jsonl, run.json, last.pt, previous.pt and best.pt. `--help` lists every knob.
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 import checkpoint
 import metrics
+import pretrained
 from configurator import ConfigError, configure, from_dict
 from model import GPT, GPTConfig
 from sample import stream_text
@@ -53,7 +55,9 @@ class Knobs:
     log_interval: int = 10  # iterations between lines of metrics.jsonl
     sample_tokens: int = 0  # tokens of text to print when training is done
     # start
-    init_from: str = 'scratch'  # scratch | resume (needs a checkpoint) | auto (resume if there is one)
+    init_from: str = (
+        'scratch'  # scratch | resume | auto (resume if there is a run) | gpt2, owner/name, a folder
+    )
     checkpoint_interval: int = 0  # iterations between saves; 0 = at every evaluation
     checkpoint_minutes: float = 0.0  # save also when this many minutes have passed; 0 = off
     seed: int = 1337  # of initial weights, batches and dropout, each with a generator of its own
@@ -102,6 +106,7 @@ class Knobs:
     dist_timeout: float = 600.0  # seconds after which ranks give up on one that does not answer
 
 
+STARTS = ('scratch', 'resume', 'auto')  # any other init_from names a checkpoint of pretrained.py
 ARCHITECTURE = {f.name for f in fields(GPTConfig)} - {'vocab_size', 'vocab_used', 'dropout'}
 
 
@@ -122,7 +127,6 @@ def check(k: Knobs):
         if not 0 <= getattr(k, name) < 1:
             raise ConfigError(f'{name}={getattr(k, name)}: must be in [0, 1)')
     choices = {
-        'init_from': ('scratch', 'resume', 'auto'),
         'lr_schedule': ('cosine', 'linear'),
         'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
         'backend': ('auto', 'nccl', 'gloo'),
@@ -132,6 +136,11 @@ def check(k: Knobs):
             raise ConfigError(f'{name}={getattr(k, name)!r}: one of {", ".join(allowed)}')
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')
+    if k.init_from in STARTS:  # else the checkpoint has a say, see pretrained_knobs
+        check_model(k)
+
+
+def check_model(k: Knobs):
     try:
         model_config(k, vocab_size=64, vocab_used=64)
     except ValueError as e:
@@ -141,6 +150,12 @@ def check(k: Knobs):
 def model_config(k: Knobs, vocab_size: int, vocab_used: int) -> GPTConfig:
     given = {f.name: getattr(k, f.name) for f in fields(GPTConfig) if hasattr(k, f.name)}
     return GPTConfig(**{**given, 'vocab_size': vocab_size, 'vocab_used': vocab_used})
+
+
+def pretrained_knobs(k: Knobs, given: dict, found: GPTConfig) -> Knobs:
+    """The knobs with the checkpoint's architecture wherever no config file and no flag says otherwise."""
+    taken = {name: getattr(found, name) for name in ARCHITECTURE if hasattr(k, name) and name not in given}
+    return replace(k, **taken)
 
 
 def learning_rate_at(it: int, k: Knobs) -> float:
@@ -171,6 +186,14 @@ def prepare_stdlib(folder: Path):
 def dropout_seed(seed: int, step: int, micro: int) -> int:
     """Dropout of a micro-batch is a function of these alone: the same after a resume, on any ranks."""
     return int(np.random.SeedSequence([seed, step, micro, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def other_tokens(data, source) -> str:
+    """'' if the data's token ids mean what they mean to the checkpoint; else the reason to think not."""
+    if data.tokenizer_spec is None:  # plain .bin: the number of ids is all that is known
+        sizes = data.vocab_size, source.config.vocab_size
+        return '' if sizes[0] == sizes[1] else 'the data has {} token ids, the checkpoint {}'.format(*sizes)
+    return pretrained.token_difference(from_spec(data.tokenizer_spec), source.folder)
 
 
 class StopRequest:
@@ -341,16 +364,21 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f'{out_dir} holds no run to resume: start one with --init_from=scratch (the default)'
         )
-    if used and k.init_from == 'scratch' and not k.overwrite:
+    if used and k.init_from not in ('resume', 'auto') and not k.overwrite:
         raise ConfigError(
             f'{out_dir} holds {describe_run(out_dir)}: go on with --init_from=resume, '
             'start over with --overwrite, or give another --out_dir'
         )
     lock = checkpoint.FolderLock(out_dir) if main_rank else None
     state = checkpoint.load_folder(out_dir) if resume else None
+    source = None  # of weights that others trained
     if state is not None:
         k = resume_knobs(k, given, state, say)
         check(k)
+    elif k.init_from not in STARTS:
+        source = pretrained.read(k.init_from)
+        k = pretrained_knobs(k, given, source.config)
+        check_model(k)
 
     stop = StopRequest(under_torchrun=ddp)
     if device_type == 'cuda':
@@ -380,6 +408,10 @@ def main(argv: list[str]) -> int:
     optimizer = model.configure_optimizers(k.weight_decay, k.learning_rate, (k.beta1, k.beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     it, best_val_loss, seconds = 0, math.inf, 0.0
+    if source is not None:
+        rows = pretrained.copy_weights(model, source, other_tokens(data, source))
+        say(f'from {source.folder}:\n{pretrained.copy_table(rows)}')
+        source = None  # frees the weights
     if state is not None:
         refuse_other_data(state, data, config, out_dir)
         model.load_state_dict(state['model'])
@@ -589,9 +621,18 @@ def main(argv: list[str]) -> int:
     return exit_code
 
 
+ERRORS = (
+    ConfigError,
+    DataError,
+    TokenizerError,
+    TrainingError,
+    checkpoint.CheckpointError,
+    pretrained.PretrainedError,
+)
+
 if __name__ == '__main__':
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, TokenizerError, checkpoint.CheckpointError, TrainingError) as e:
+    except ERRORS as e:
         print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)

@@ -23,3 +23,40 @@ def shared():
     if not (folder / 'data').is_dir():
         pytest.skip(f'needs sample text in {folder} (set REFLEX_SHARED)')
     return folder
+
+
+TEXT = 'The quick brown fox jumps over the lazy dog. Ёжик в тумане, снег. ' * 20
+
+
+@pytest.fixture(scope='session')
+def gpt2_folder(tmp_path_factory):
+    """What `transformers` saves of a GPT-2 with random weights at ruGPT's proportions, and its tokenizer."""
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('safetensors')
+    import torch
+
+    from tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp('gpt2')
+    bpe = train_bpe([TEXT], 300)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe.tokenizer, eos_token='<|endoftext|>', bos_token='<|endoftext|>'
+    )
+    tokenizer.save_pretrained(folder)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=96,
+        n_layer=24,
+        n_head=16,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # far from the start, where every layer does next to nothing
+            at = 1.0 if name.endswith(('ln_1.weight', 'ln_2.weight', 'ln_f.weight')) else 0.0
+            p.normal_(at, 0.15, generator=generator)
+    model.save_pretrained(folder)
+    return folder
