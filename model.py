@@ -40,7 +40,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = False  # biases in linear layers and layernorms (an rmsnorm has none)
     attention: str = 'vanilla'  # a plan of plans.py
-    head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, lag 1, lag 2, …
+    head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, 1, 2, …; '8/4-2-2' = keys/values apart
     norm: str = 'layernorm'  # layernorm | rmsnorm, before each half of a block and before the head
     mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
     position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
@@ -216,11 +216,7 @@ class HeadPlanAttention(nn.Module):
         v = v.view(B, T, self.n_value, hs).transpose(1, 2)  # (B, n_value, T, hs)
         q = memory.rotate(self.q_norm(q))
         k = memory.rotate(self.k_norm(k))  # lagged heads read it as it is from here on
-        if cache is not None:
-            k, v = cache.append(k, v)  # T is now S >= T: tokens of earlier calls come first
-        memory.published.append((k.split(self.key_cuts, dim=1), v.split(self.value_cuts, dim=1)))
-        k = self.gather(k, self.key_reads, [keys for keys, _ in memory.published])  # (B, n_head, S, hs)
-        v = self.gather(v, self.value_reads, [values for _, values in memory.published])  # (B, n_head, S, hs)
+        k, v = self.read(k, v, memory, cache)  # (B, n_head, S, hs), S >= T: the cache's tokens come first
         S = k.size(2)
         y = F.scaled_dot_product_attention(
             q,
@@ -232,6 +228,16 @@ class HeadPlanAttention(nn.Module):
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def read(self, k, v, memory: Memory, cache: KVCache | None):
+        """This layer's k (B, n_key, T, hs), v (B, n_value, T, hs) -> what its heads read, (B, n_head, S, hs)
+        each. Publishes what later layers read."""
+        if cache is not None:
+            k, v = cache.append(k, v)
+        memory.published.append((k.split(self.key_cuts, dim=1), v.split(self.value_cuts, dim=1)))
+        k = self.gather(k, self.key_reads, [keys for keys, _ in memory.published])
+        v = self.gather(v, self.value_reads, [values for _, values in memory.published])
+        return k, v
 
     @staticmethod
     def gather(own, reads, published):
@@ -255,6 +261,87 @@ class HeadPlanAttention(nn.Module):
 
     def describe(self) -> str:
         return self.description
+
+
+class ValueResidualAttention(HeadPlanAttention):
+    """Values are λ v_l + (1 - λ) v_0, of this layer and of layer 0, with a learned λ per layer that starts at
+    0.5: the learnable ResFormer (Zhou et al., 2024, arXiv:2410.17897)."""
+
+    def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
+        super().__init__(config, plan, layer)
+        self.own_share = nn.Parameter(torch.tensor(0.5))  # λ
+        self.description += ', value residual'
+
+    def read(self, k, v, memory: Memory, cache: KVCache | None):
+        _, (first,) = memory.published[0]  # (B, n_head, S, hs)
+        v = self.own_share * v + (1 - self.own_share) * first[:, :, -v.size(2) :]
+        return super().read(k, v, memory, cache)
+
+
+class LimeAttention(HeadPlanAttention):
+    """Head h reads Σ_j R[h, j] k_j and Σ_j R[h, j] v_j over all heads j of this and all earlier layers, R
+    a learned matrix per layer: the static router of LIMe (Gerasimov et al., 2025, arXiv:2502.09245).
+
+    A token's mix depends on that token alone: the cache holds what is read, and layers publish new tokens.
+    """
+
+    def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
+        super().__init__(config, plan, layer)
+        self.router = nn.Parameter(torch.empty(self.n_head, (layer + 1) * self.n_head))
+        self.description += ', static router'
+
+    def init_own(self, generator):
+        """As published: the own heads as they are, and uniform noise of variance 1 / (number of heads)."""
+        bound = math.sqrt(3 / self.router.size(1))
+        self.router.copy_(torch.empty(self.router.shape).uniform_(-bound, bound, generator=generator))
+        self.router[:, -self.n_head :] = torch.eye(self.n_head)
+
+    def read(self, k, v, memory: Memory, cache: KVCache | None):
+        T = k.size(2)
+        memory.published.append(((k,), (v,)))
+        kv = [torch.cat([k[:, :, -T:], v[:, :, -T:]], dim=3) for (k,), (v,) in memory.published]
+        kv = torch.cat(kv, dim=1)  # (B, (layer + 1) * n_head, T, 2 * hs)
+        k, v = torch.einsum('hj,bjtd->bhtd', self.router, kv).chunk(2, dim=3)  # (B, n_head, T, hs) each
+        return (k, v) if cache is None else cache.append(k, v)
+
+    def flops_per_token(self, T: int) -> int:
+        return super().flops_per_token(T) + 2 * self.router.numel() * 2 * self.head_size
+
+
+class LearnedSplitAttention(HeadPlanAttention):
+    """Each head reads its own index of every layer so far, in learned proportions, for keys and values apart:
+    a head split whose allocation over layers training finds, to be read from the weights (`shares`).
+
+    Half of a head's share is the layer's own at first, the rest is spread evenly. Cache as in LimeAttention.
+    """
+
+    def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
+        super().__init__(config, plan, layer)
+        logits = torch.zeros(2, layer + 1, self.n_head)
+        logits[:, layer] = math.log(layer)
+        self.allocation = nn.Parameter(logits.flatten())  # a vector: weight decay would even the shares out
+        self.description += ', learned split'
+
+    def shares(self):
+        """(2, layers so far, n_head): of keys and of values, what share of a layer each head reads."""
+        return self.allocation.view(2, -1, self.n_head).softmax(dim=1)
+
+    def read(self, k, v, memory: Memory, cache: KVCache | None):
+        T = k.size(2)
+        memory.published.append(((k,), (v,)))
+        of_keys, of_values = self.shares().type_as(k)[..., None, None]  # (layers so far, n_head, 1, 1) each
+        pairs = [(k[:, :, -T:], v[:, :, -T:]) for (k,), (v,) in memory.published]
+        k = sum(share * k for share, (k, _) in zip(of_keys, pairs, strict=True))  # (B, n_head, T, hs)
+        v = sum(share * v for share, (_, v) in zip(of_values, pairs, strict=True))
+        return (k, v) if cache is None else cache.append(k, v)
+
+
+# What layers after the first are made of, where a plan alone does not say it; layer 0 has nothing to mix.
+MIXERS = {
+    'value_residual': ValueResidualAttention,
+    'lime': LimeAttention,
+    'learned_split': LearnedSplitAttention,
+}
 
 
 class MLP(nn.Module):
@@ -328,7 +415,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         plan = config.head_plan()
-        attentions = [HeadPlanAttention(config, plan, layer) for layer in range(config.n_layer)]
+        later = MIXERS.get(config.attention, HeadPlanAttention)
+        attentions = [
+            (later if layer else HeadPlanAttention)(config, plan, layer) for layer in range(config.n_layer)
+        ]
         self.transformer = nn.ModuleDict(
             {
                 'wte': nn.Embedding(config.vocab_size, config.n_embd),
@@ -346,13 +436,17 @@ class GPT(nn.Module):
     def init_weights(self, seed: int):
         """GPT-2's initialisation. Each tensor draws from a generator of its own, seeded by (seed, name):
         models that share a tensor share its initial values, whatever else differs between them."""
+        if self.lm_head.weight.is_meta:
+            return
         for name, module in self.named_modules():
-            if not isinstance(module, (nn.Linear, nn.Embedding)):
-                continue  # norms start as ones and zeros
-            if module.weight.is_meta or module is self.lm_head:
-                continue
             digest = hashlib.sha256(f'{seed} {name}'.encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+            if hasattr(module, 'init_own'):  # parameters beside those of torch's layers
+                module.init_own(generator)
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue  # norms start as ones and zeros
+            if module is self.lm_head:
+                continue
             # residual projections are smaller, so that the stream's variance does not grow with depth
             residual = name.endswith('c_proj')
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02

@@ -38,19 +38,47 @@ def parse_split(head_split: str, n_head: int) -> list[int]:
     return counts
 
 
+def split_plan(config, source_layers) -> list[list[Head]]:
+    """The plan that config.head_split describes; a head reads the same head index of another layer.
+
+    'keys/values', such as '8/4-2-2', splits the two apart: all keys are the layer's own, values are not.
+    source_layers(counts, l) says for each head of layer l which layer it reads.
+    """
+    keys, *apart = config.head_split.split('/', 1)
+    keys = parse_split(keys, config.n_head)
+    values = parse_split(apart[0], config.n_head) if apart else keys
+    table = []
+    for l in range(config.n_layer):
+        sources = zip(source_layers(keys, l), source_layers(values, l), strict=True)
+        table.append([Head((k, h), (v, h)) for h, (k, v) in enumerate(sources)])
+    return table
+
+
+def lagged(counts: list[int], l: int) -> list[int]:
+    """Lag 0 for the first counts[0] heads, lag 1 for the next counts[1], …; all 0 where l is too small."""
+    if l < len(counts) - 1:
+        return [l] * sum(counts)
+    return [l - lag for lag, count in enumerate(counts) for _ in range(count)]
+
+
 def reflex(config) -> list[list[Head]]:
     """`head_split` 'sa-ca2-ca1' (or longer): the first heads have lag 0, the next lag 1, the last lag 2.
 
-    A head reads the same head index of the earlier layer. Layers that have not enough layers before them
-    (the first two of '4-2-2') are all self-attention.
+    Layers that have not enough layers before them (the first two of '4-2-2') are all self-attention.
     """
-    counts = parse_split(config.head_split, config.n_head)
-    lags = [lag for lag, count in enumerate(counts) for _ in range(count)]
-    table = []
-    for l in range(config.n_layer):
-        layer_lags = lags if l >= len(counts) - 1 else [0] * config.n_head
-        table.append([Head((l - lag, h), (l - lag, h)) for h, lag in enumerate(layer_lags)])
-    return table
+    return split_plan(config, lagged)
+
+
+def first(config) -> list[list[Head]]:
+    """`head_split` as in `reflex`, but its last heads read layer 0: '6-2' is 6 own heads and 2 of layer 0.
+
+    '8/4-4' is SkipV1Former (Wu et al., 2025): own keys, and layer 0's values in half of the heads.
+    """
+
+    def source_layers(counts, l):
+        return lagged(counts[:-1], l) + [0] * counts[-1] if len(counts) > 1 else lagged(counts, l)
+
+    return split_plan(config, source_layers)
 
 
 def reflex_all(config) -> list[list[Head]]:
@@ -71,7 +99,42 @@ def reflex_all(config) -> list[list[Head]]:
     return table
 
 
-PLANS = {'vanilla': vanilla, 'reflex': reflex, 'reflex_all': reflex_all}
+def reflex_all_oldest(config) -> list[list[Head]]:
+    """`reflex_all`, oldest layer first: a control that must tie, since only the order of heads differs."""
+    return [
+        layer[: config.n_head - l] + layer[config.n_head - l :][::-1]
+        for l, layer in enumerate(reflex_all(config))
+    ]
+
+
+def reflex_all_values(config) -> list[list[Head]]:
+    """The values of `reflex_all`; every key is the layer's own."""
+    return [
+        [Head((l, h), head.value) for h, head in enumerate(layer)]
+        for l, layer in enumerate(reflex_all(config))
+    ]
+
+
+def cla(config) -> list[list[Head]]:
+    """Cross-layer attention (Brandon et al., 2024): every other layer reads all of the layer before."""
+    return [
+        [Head((l - l % 2, h), (l - l % 2, h)) for h in range(config.n_head)] for l in range(config.n_layer)
+    ]
+
+
+PLANS = {
+    'vanilla': vanilla,
+    'reflex': reflex,
+    'reflex_all': reflex_all,
+    'reflex_all_oldest': reflex_all_oldest,
+    'reflex_all_values': reflex_all_values,
+    'first': first,
+    'cla': cla,
+    # MIXERS of model.py mix what earlier layers computed; the keys and values of their own are vanilla's
+    'value_residual': vanilla,
+    'lime': vanilla,
+    'learned_split': vanilla,
+}
 
 
 class HeadPlan:

@@ -78,8 +78,8 @@ class Knobs:
     n_embd: int = 768  # width of the residual stream, a multiple of n_head
     dropout: float = 0.0  # on embeddings, attention weights and the outputs of attention and MLP
     bias: bool = False  # biases in linear layers and norms
-    attention: str = 'vanilla'  # a plan of plans.py: vanilla | reflex | reflex_all
-    head_split: str = '4-2-2'  # attention='reflex': how many heads have lag 0, lag 1, lag 2, …
+    attention: str = 'vanilla'  # a plan of plans.py: vanilla | reflex | reflex_all | first | cla | lime | …
+    head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, 1, 2, …; '8/4-2-2' = keys/values apart
     norm: str = 'layernorm'  # layernorm | rmsnorm
     mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
     position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none

@@ -44,10 +44,21 @@ def lags(variant, l):
     return [(l - d, h) for h, d in enumerate(flat)]
 
 
-def reference_hidden(model, full, idx, source):
+def read_plan(source):
+    """What a head reads under a plan: source(l)[h] is a pair of (layer, head), for key and value."""
+
+    def read(l, h, past):
+        (key_layer, key_head), (value_layer, value_head) = source(l)[h]
+        return past[key_layer][0][:, :, key_head], past[value_layer][1][:, :, value_head]
+
+    return read
+
+
+def reference_hidden(model, full, idx, read):
     """A forward pass head by head: every key and value of every layer is projected, masks are explicit.
 
     full[l]: the whole (3C, C) projection of layer l, of which the model keeps rows.
+    read(l, h, past): what head h of layer l reads, (B, T, hs) each, from the k, v (B, T, n_head, hs) so far.
     """
     t, C = model.transformer, model.config.n_embd
     n_head, hs = model.config.n_head, model.config.head_size
@@ -60,9 +71,8 @@ def reference_hidden(model, full, idx, source):
         q, k, v = (a.view(B, T, n_head, hs) for a in (q, k, v))
         past.append((k, v))
         out = []
-        for h, (key_source, value_source) in enumerate(source(l)):
-            keys = past[key_source[0]][0][:, :, key_source[1]]  # (B, T, hs)
-            values = past[value_source[0]][1][:, :, value_source[1]]
+        for h in range(n_head):
+            keys, values = read(l, h, past)
             scores = q[:, :, h] @ keys.transpose(1, 2) / math.sqrt(hs)  # (B, T, T)
             allowed = torch.arange(T)[:, None] >= torch.arange(T)[None]
             out.append(scores.masked_fill(~allowed, -math.inf).softmax(-1) @ values)
@@ -72,7 +82,7 @@ def reference_hidden(model, full, idx, source):
     return t.ln_f(x)
 
 
-def check_against_reference(model, source):
+def check_against_reference(model, read):
     model = model.double()
     C = model.config.n_embd
     full = []
@@ -81,7 +91,7 @@ def check_against_reference(model, source):
         w[block.attn.c_attn.rows] = block.attn.c_attn.weight.detach()
         full.append(w.requires_grad_())
     idx, targets = tokens(), tokens(1)
-    x = reference_hidden(model, full, idx, source)
+    x = reference_hidden(model, full, idx, read)
     loss = F.cross_entropy((x @ model.lm_head.weight.T).flatten(0, 1), targets.flatten())
     loss.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -108,7 +118,7 @@ def test_outputs_and_gradients_equal_the_per_head_reference(variant):
     def source(l):
         return [(pair, pair) for pair in lags(variant, l)]
 
-    check_against_reference(GPT(config(variant), seed=3), source)
+    check_against_reference(GPT(config(variant), seed=3), read_plan(source))
 
 
 def test_a_plan_may_read_keys_and_values_apart(monkeypatch):
@@ -125,7 +135,7 @@ def test_a_plan_may_read_keys_and_values_apart(monkeypatch):
 
     monkeypatch.setitem(plans.PLANS, 'odd', odd)
     cfg = GPTConfig(**SMALL, attention='odd')
-    check_against_reference(GPT(cfg, seed=3), lambda l: odd(cfg)[l])
+    check_against_reference(GPT(cfg, seed=3), read_plan(lambda l: odd(cfg)[l]))
     produced = [block.attn.heads_produced() for block in GPT(cfg, seed=3).transformer.h]
     assert produced[3] == (0, 0), 'layer 3 reads layer 0 alone, and nothing reads layer 3'
 

@@ -1,0 +1,4 @@
+# Six own heads; two read keys and values of layer 0.
+# python train.py config/first_62.py
+attention = 'first'
+head_split = '6-2'

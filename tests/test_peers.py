@@ -1,0 +1,229 @@
+"""Plans beyond the published three and the closest published peers, against the per-head reference."""
+
+import copy
+
+import pytest
+import torch
+from test_model import SMALL, check_against_reference, read_plan, tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig
+
+VARIANTS = {
+    'own keys, values 4-2-2': {'attention': 'reflex', 'head_split': '8/4-2-2'},
+    'keys 5-2-1, own values': {'attention': 'reflex', 'head_split': '5-2-1/8'},
+    'keys 6-2, values 4-2-1-1': {'attention': 'reflex', 'head_split': '6-2/4-2-1-1'},
+    'lag 3': {'attention': 'reflex', 'head_split': '4-2-1-1'},
+    'first 6-2': {'attention': 'first', 'head_split': '6-2'},
+    'first 4-2-2': {'attention': 'first', 'head_split': '4-2-2'},
+    'SkipV1Former': {'attention': 'first', 'head_split': '8/4-4'},
+    'CLA': {'attention': 'cla'},
+    'reflex_all oldest': {'attention': 'reflex_all_oldest'},
+    'reflex_all values': {'attention': 'reflex_all_values'},
+    'value residual': {'attention': 'value_residual'},
+    'LIMe': {'attention': 'lime'},
+    'learned split': {'attention': 'learned_split'},
+}
+
+
+def build(variant, seed=3, **changes):
+    """The model in float64; λ, routers and shares are moved off their initial values, so that they show."""
+    model = GPT(GPTConfig(**{**SMALL, **VARIANTS[variant], **changes}), seed=seed).double()
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith(('own_share', 'router', 'allocation')):
+            p.data += 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+def split(keys, values):
+    """The source of every head, from its lags: numbers, or FIRST for layer 0."""
+
+    def source_layers(lags, l):
+        deep_enough = l >= max(lag for lag in lags if lag != FIRST)
+        return [0 if lag == FIRST else l - lag if deep_enough else l for lag in lags]
+
+    def source(l):
+        layers = zip(source_layers(keys, l), source_layers(values, l), strict=True)
+        return [((k, h), (v, h)) for h, (k, v) in enumerate(layers)]
+
+    return source
+
+
+FIRST = 'first'
+OWN = [0] * 8
+SOURCES = {
+    'own keys, values 4-2-2': split(OWN, [0, 0, 0, 0, 1, 1, 2, 2]),
+    'keys 5-2-1, own values': split([0, 0, 0, 0, 0, 1, 1, 2], OWN),
+    'keys 6-2, values 4-2-1-1': split([0] * 6 + [1, 1], [0, 0, 0, 0, 1, 1, 2, 3]),
+    'lag 3': split([0, 0, 0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 1, 1, 2, 3]),
+    'first 6-2': split([0] * 6 + [FIRST] * 2, [0] * 6 + [FIRST] * 2),
+    'first 4-2-2': split([0] * 4 + [1] * 2 + [FIRST] * 2, [0] * 4 + [1] * 2 + [FIRST] * 2),
+    'SkipV1Former': split(OWN, [0] * 4 + [FIRST] * 4),
+    'CLA': lambda l: [((l - l % 2, h),) * 2 for h in range(8)],
+    'reflex_all oldest': lambda l: (
+        [((l, h),) * 2 for h in range(8 - l)] + [((j, 7 - j),) * 2 for j in range(l)]
+    ),
+    'reflex_all values': lambda l: (
+        [((l, h),) * 2 for h in range(8 - l)]
+        + [((l, 8 - l + i), (l - 1 - i, 7 - (l - 1 - i))) for i in range(l)]
+    ),
+}
+
+
+def read_value_residual(model):
+    def read(l, h, past):
+        keys, own, first = past[l][0][:, :, h], past[l][1][:, :, h], past[0][1][:, :, h]
+        if l == 0:
+            return keys, own
+        share = model.transformer.h[l].attn.own_share
+        return keys, share * own + (1 - share) * first
+
+    return read
+
+
+def read_lime(model):
+    def read(l, h, past):
+        if l == 0:
+            return past[0][0][:, :, h], past[0][1][:, :, h]
+        router = model.transformer.h[l].attn.router.view(8, l + 1, 8)  # reader, layer, head that is read
+        mixed = []
+        for what in (0, 1):
+            terms = [router[h, j, i] * past[j][what][:, :, i] for j in range(l + 1) for i in range(8)]
+            mixed.append(torch.stack(terms).sum(0))
+        return tuple(mixed)
+
+    return read
+
+
+def read_learned_split(model):
+    def read(l, h, past):
+        if l == 0:
+            return past[0][0][:, :, h], past[0][1][:, :, h]
+        logits = model.transformer.h[l].attn.allocation.view(2, l + 1, 8)
+        mixed = []
+        for what in (0, 1):
+            weights = logits[what, :, h].exp() / logits[what, :, h].exp().sum()
+            mixed.append(sum(weights[j] * past[j][what][:, :, h] for j in range(l + 1)))
+        return tuple(mixed)
+
+    return read
+
+
+MIXED = {'value residual': read_value_residual, 'LIMe': read_lime, 'learned split': read_learned_split}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_outputs_and_gradients_equal_the_per_head_reference(variant):
+    model = build(variant)
+    check_against_reference(model, MIXED[variant](model) if variant in MIXED else read_plan(SOURCES[variant]))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_token_changes_nothing_before_it_and_all_after_it(variant):
+    model, idx = build(variant), tokens(B=1)
+    before = model(idx)[0]
+    for t in (0, 7, 15):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 64
+        differs = (model(changed)[0] != before).any(-1)[0]
+        assert not differs[:t].any() and differs[t:].all(), t
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('position', ['learned', 'rotary'])
+def test_cached_passes_equal_the_full_pass(variant, position):
+    """In calls of 5, 1, 1 and 9 tokens: prefill, single steps, and a chunk after a past."""
+    model = build(variant, position=position).eval()
+    idx, cache, parts, at = tokens(), model.new_cache(2), [], 0
+    for n in (5, 1, 1, 9):
+        parts.append(model.lm_head(model.hidden(idx[:, at : at + n], cache)))
+        at += n
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-10, atol=1e-10)
+    prompt = tokens(B=1, T=3)
+    greedy = model.generate(prompt, 30, temperature=0)
+    assert torch.equal(greedy, model.generate(prompt, 30, temperature=0, use_cache=False))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_flops_are_those_that_torch_counts(variant):
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**{**SMALL, **VARIANTS[variant], 'n_embd': 64}), seed=0)
+        idx = torch.zeros(3, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(idx)
+    assert counter.get_total_flops() == 3 * 16 * model.flops_per_token(16, backward=False)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    assert counter.get_total_flops() == 3 * 16 * model.flops_per_token()
+
+
+def test_heads_produced():
+    def produced(variant):
+        return [block.attn.heads_produced() for block in build(variant).transformer.h]
+
+    assert produced('SkipV1Former') == [(8, 8)] + [(8, 4)] * 5
+    assert produced('CLA') == [(8, 8), (0, 0)] * 3
+    assert produced('first 6-2') == [(8, 8)] + [(6, 6)] * 5
+    assert produced('own keys, values 4-2-2') == [(8, 8)] * 4 + [(8, 6), (8, 4)]
+    assert produced('reflex_all values') == [(8, n) for n in (8, 7, 6, 5, 4, 3)]
+
+
+def test_oldest_first_is_reflex_all_with_its_heads_in_another_order():
+    """Permuting the queries' rows and c_proj's columns turns one into the other: a control that must tie."""
+    oldest = build('reflex_all oldest')
+    nearest = GPT(GPTConfig(**SMALL, attention='reflex_all'), seed=0).double()
+    state = copy.deepcopy(oldest.state_dict())
+    for l in range(6):
+        order = [*range(8 - l), *range(7, 7 - l, -1)]  # heads of `oldest` in the order of `nearest`
+        rows = [h * 4 + i for h in order for i in range(4)]
+        name = f'transformer.h.{l}.attn.'
+        state[name + 'c_attn.weight'][:32] = state[name + 'c_attn.weight'][rows].clone()
+        state[name + 'c_proj.weight'] = state[name + 'c_proj.weight'][:, rows]
+    state['_extra_state'] = nearest.get_extra_state()
+    nearest.load_state_dict(state)
+    torch.testing.assert_close(nearest(tokens())[0], oldest(tokens())[0], rtol=1e-10, atol=1e-10)
+
+
+def test_shared_initial_values_and_published_starting_points():
+    vanilla = dict(GPT(GPTConfig(**SMALL), seed=7).named_parameters())
+    for attention in ('value_residual', 'lime', 'learned_split'):
+        model = GPT(GPTConfig(**SMALL, attention=attention), seed=7)
+        own = {name: p for name, p in model.named_parameters() if name not in vanilla}
+        assert len(own) == 5 and all(
+            torch.equal(p, vanilla[n]) for n, p in model.named_parameters() if n in vanilla
+        )
+        again = dict(GPT(GPTConfig(**SMALL, attention=attention), seed=7).named_parameters())
+        assert all(torch.equal(p, again[name]) for name, p in own.items())
+    lime = GPT(GPTConfig(**SMALL, attention='lime'), seed=7).transformer.h[5].attn.router
+    assert torch.equal(lime[:, -8:], torch.eye(8))
+    assert lime[:, :-8].std().item() == pytest.approx(48**-0.5, rel=0.15)
+    shares = GPT(GPTConfig(**SMALL, attention='learned_split'), seed=7).transformer.h[3].attn.shares()
+    torch.testing.assert_close(shares[:, 3], torch.full((2, 8), 0.5))
+    torch.testing.assert_close(shares.sum(1), torch.ones(2, 8))
+    other = GPT(GPTConfig(**SMALL, attention='lime'), seed=8).transformer.h[5].attn.router
+    assert not torch.equal(other, lime)
+
+
+def test_weight_decay_does_not_even_out_what_is_learned_per_layer():
+    """λ and the shares are no matrices, so they do not decay. LIMe's router is one and does."""
+    for attention, decays in (('value_residual', False), ('learned_split', False), ('lime', True)):
+        model = GPT(GPTConfig(**SMALL, attention=attention), seed=0)
+        decayed = {
+            id(p) for p in model.configure_optimizers(0.1, 1e-3, (0.9, 0.98), 'cpu').param_groups[0]['params']
+        }
+        own = [p for n, p in model.named_parameters() if n.endswith(('own_share', 'allocation', 'router'))]
+        assert [id(p) in decayed for p in own] == [decays] * 5
+
+
+def test_mixers_do_not_load_into_one_another():
+    vanilla = GPT(GPTConfig(**SMALL), seed=0)
+    for attention in ('value_residual', 'lime', 'learned_split'):
+        with pytest.raises((RuntimeError, ValueError)):
+            vanilla.load_state_dict(GPT(GPTConfig(**SMALL, attention=attention), seed=0).state_dict())
+
+
+@pytest.mark.parametrize('head_split', ['8/', '/8', '8/4-2-1', '4-4/8/8', '8/4-0-4'])
+def test_a_split_of_keys_and_values_that_does_not_fit_is_refused(head_split):
+    with pytest.raises(ValueError, match='head_split'):
+        GPTConfig(**SMALL, attention='reflex', head_split=head_split)
