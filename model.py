@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from loss import linear_cross_entropy
 from plans import PLANS, HeadPlan
 
 
@@ -496,10 +497,10 @@ class GPT(nn.Module):
         Targets of -1 do not count. Logits are not kept where only the loss is wanted: at 50304 tokens they
         are the largest tensor by far; ask for them without targets.
         """
-        logits = self.lm_head(self.hidden(idx))
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.lm_head(hidden), None
+        return None, linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=-1)
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, without the position embedding by default (nanoGPT's count: wte is also lm_head)."""

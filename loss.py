@@ -1,0 +1,88 @@
+"""The loss of a language-model head, computed without ever holding all of its logits.
+
+At 50304 tokens the logits of a batch are its largest tensor by far: 6.6 GB in fp32 for 32 x 1024 tokens, and
+autograd keeps several of their size. Here they live one chunk of rows at a time, and the gradients of the
+hidden states and of the weight are made on the spot, while the chunk is there, so that nothing is computed
+twice. Ideas: "Cut Your Losses" (Wijmans et al., 2024), and gradients in the forward pass from Liger Kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Rows of logits held at a time, or LOGITS if those are more: few enough to reuse their memory, enough that
+# adding up the weight's gradient, once per chunk, does not show. CPU: 1.2 to 2 times as fast as all at once.
+ROWS = {'cpu': 512, 'cuda': 2048}
+LOGITS = 2**20
+
+
+def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1, rows: int | None = None):
+    """Mean cross-entropy of the logits hidden @ weight.T, as F.cross_entropy(..., ignore_index) gives it.
+
+    hidden (..., C), weight (V, C), targets (...) of token ids; rows: of logits held at a time. Products run
+    in the autocast type where autocast is on; softmax, the sum of losses and that of the weight's gradient
+    in fp32 at least. Returns a scalar; nan, as F.cross_entropy, where no target counts.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+    N, V, device = hidden.size(0), weight.size(0), hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    rows = rows or max(ROWS.get(device, ROWS['cuda']), LOGITS // V)
+    if N <= rows:
+        logits = F.linear(hidden, weight)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(exact), targets, ignore_index=ignore_index)
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, dtype)
+    return _chunked(hidden, weight, targets, ignore_index, rows, dtype, False, False)[0]
+
+
+def _chunked(hidden, weight, targets, ignore_index, rows, dtype, grad_hidden, grad_weight):
+    """(mean loss, gradient of the summed loss for hidden, the same for weight, number of targets counted)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        exact = torch.promote_types(dtype, torch.float32)
+        w = weight.to(dtype)
+        counted = targets != ignore_index
+        labels = targets.masked_fill(~counted, 0)
+        total = hidden.new_zeros((), dtype=exact)
+        d_hidden = torch.empty_like(hidden, dtype=dtype) if grad_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=exact) if grad_weight else None
+        for i in range(0, hidden.size(0), rows):
+            h = hidden[i : i + rows].to(dtype)
+            label, keep = labels[i : i + rows, None], counted[i : i + rows, None]
+            log_p = F.log_softmax(h @ w.t(), dim=-1, dtype=exact)  # (rows, V)
+            total -= log_p.gather(1, label).masked_fill(~keep, 0).sum()
+            if not (grad_hidden or grad_weight):
+                continue
+            # of one loss, not of the mean: the mean's are so small that fp16 would lose them
+            d_logits = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=exact)).to(dtype)
+            if grad_hidden:
+                d_hidden[i : i + rows] = (d_logits @ w) * keep
+            if grad_weight:
+                d_weight += d_logits.t() @ (h * keep)
+        count = counted.sum()
+        return total / count, d_hidden, d_weight, count
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, rows, dtype):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        loss, d_hidden, d_weight, count = _chunked(
+            hidden, weight, targets, ignore_index, rows, dtype, need_hidden, need_weight
+        )
+        ctx.save_for_backward(d_hidden, d_weight, count)
+        ctx.types = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        d_hidden, d_weight, count = ctx.saved_tensors
+        scale = grad / count
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(ctx.types[0]) * scale
+        if d_weight is not None:
+            d_weight = (d_weight * scale).to(ctx.types[1])
+        return d_hidden, d_weight, None, None, None, None
