@@ -27,7 +27,8 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1, rows: 
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     N, V, device = hidden.size(0), weight.size(0), hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rows = rows or max(ROWS.get(device, ROWS['cuda']), LOGITS // V)
     if N <= rows:
         logits = F.linear(hidden, weight)
@@ -40,29 +41,28 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1, rows: 
 
 def _chunked(hidden, weight, targets, ignore_index, rows, dtype, grad_hidden, grad_weight):
     """(mean loss, gradient of the summed loss for hidden, the same for weight, number of targets counted)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        exact = torch.promote_types(dtype, torch.float32)
-        w = weight.to(dtype)
-        counted = targets != ignore_index
-        labels = targets.masked_fill(~counted, 0)
-        total = hidden.new_zeros((), dtype=exact)
-        d_hidden = torch.empty_like(hidden, dtype=dtype) if grad_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=exact) if grad_weight else None
-        for i in range(0, hidden.size(0), rows):
-            h = hidden[i : i + rows].to(dtype)
-            label, keep = labels[i : i + rows, None], counted[i : i + rows, None]
-            log_p = F.log_softmax(h @ w.t(), dim=-1, dtype=exact)  # (rows, V)
-            total -= log_p.gather(1, label).masked_fill(~keep, 0).sum()
-            if not (grad_hidden or grad_weight):
-                continue
-            # of one loss, not of the mean: the mean's are so small that fp16 would lose them
-            d_logits = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=exact)).to(dtype)
-            if grad_hidden:
-                d_hidden[i : i + rows] = (d_logits @ w) * keep
-            if grad_weight:
-                d_weight += d_logits.t() @ (h * keep)
-        count = counted.sum()
-        return total / count, d_hidden, d_weight, count
+    exact = torch.promote_types(dtype, torch.float32)
+    w = weight.to(dtype)
+    counted = targets != ignore_index
+    labels = targets.masked_fill(~counted, 0)
+    total = hidden.new_zeros((), dtype=exact)
+    d_hidden = torch.empty_like(hidden, dtype=dtype) if grad_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=exact) if grad_weight else None
+    for i in range(0, hidden.size(0), rows):
+        h = hidden[i : i + rows].to(dtype)
+        label, keep = labels[i : i + rows, None], counted[i : i + rows, None]
+        log_p = F.log_softmax(h @ w.t(), dim=-1, dtype=exact)  # (rows, V)
+        total -= log_p.gather(1, label).masked_fill(~keep, 0).sum()
+        if not (grad_hidden or grad_weight):
+            continue
+        # of one loss, not of the mean: the mean's are so small that fp16 would lose them
+        d_logits = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=exact)).to(dtype)
+        if grad_hidden:
+            d_hidden[i : i + rows] = (d_logits @ w) * keep
+        if grad_weight:
+            d_weight += d_logits.t() @ (h * keep)
+    count = counted.sum()
+    return total / count, d_hidden, d_weight, count
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
