@@ -1,30 +1,22 @@
 """Text to token files: the one path that every `data/*/prepare.py` takes.
 
-    sources: text, JSON lines, parquet; compressed or not; local or on the Hugging Face Hub
-      -> pieces of text -> chunks of about 4 MB -> tokens, on all cores -> train.bin, val.bin, meta.json
+    sources -> pieces of text -> chunks of about 4 MB -> tokens, on all cores -> train.bin, val.bin, meta.json
 
-Memory does not grow with the corpus: a source is read as a stream, and at most two chunks per worker are
-under way. A chunk is a file of its own in `.prepare/` until all are there, so a killed run goes on where it
+Memory does not grow with the corpus: sources are read as streams, and two chunks more than workers are under
+way. A chunk is a file of its own in `.prepare/` until all are there, so a killed run goes on where it
 stopped, and nothing looks finished before meta.json, which is written last. What a chunk holds depends on the
-text alone: the token files are the same byte for byte however many processes made them and however often they
-were killed.
-
-Hugging Face `datasets` finds the files of a repository (configuration, splits, revision). Their rows are read
-here, by json and pyarrow: the JSON reader of `datasets` 5.2 fails where a field first appears late in a file,
-and its streaming parquet reader was seen to hold 1.1 GB for a file of 0.4 GB.
+text alone: the token files are the same byte for byte however many processes made them, and however often
+they were killed.
 """
 
 import argparse
-import codecs
 import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import threading
@@ -35,395 +27,50 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from glob import glob, has_magic
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
+from sources import (
+    ENDS,
+    PIECE,
+    STARTS,
+    CorpusError,
+    TextFile,
+    download,
+    estimate,
+    file_source,
+    hub_sources,
+    identity,
+    named,
+    one_line,
+    paths,
+    stored_files,
+    text_size,
+)
 from tokendata import DTYPES, FORMAT, META, WORK, DataError, dtype_for, open_data
-from tokenizer import Chars, TokenizerError, from_spec, load, train_bpe, well_formed
+from tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
 
 ROOT = Path(__file__).resolve().parent
-PIECE = 1 << 18  # characters: a longer document is encoded in pieces
 CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
 BATCH = 1 << 20  # bytes of text whose ids are Python integers at the same time
 FIT_BYTES = 1 << 30  # bytes of the training split that a BPE is trained on at most: the first
 SMALL = 1 << 24  # bytes of text that are not worth starting processes for
-STARTS, ENDS = 1, 2  # flags of a piece: it begins a document, it ends one
-COMPRESSED = {
-    '.gz': 4,
-    '.xz': 5,
-    '.bz2': 5,
-    '.zst': 4,
-    '.zip': 3,
-}  # suffix -> about how much text a byte holds
-RECORDS = {'.jsonl': 1, '.ndjson': 1, '.json': 1, '.parquet': 1.7}
-TEXT = (
-    '.txt',
-    '.text',
-    '.md',
-    '.rst',
-    '.tex',
-    '.html',
-    '.xml',
-    '.py',
-    '.c',
-    '.h',
-    '.cpp',
-    '.rs',
-    '.go',
-    '.js',
+TINY_SHAKESPEARE = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
+    'data/tinyshakespeare/input.txt',
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
 )
-BOUNDARY = re.compile(r'[^\W_](?=[ \n])')
 
 
-class CorpusError(Exception):
-    """Text that cannot be made into token files, in one line: what, why, and the mend."""
-
-
-# --- reading: a source has `path` (or None) and `pieces()`, which yields (UTF-8 bytes, flags)
-# -----------------
-
-
-def suffixes(path):
-    """'a/b.jsonl.xz' -> ('.jsonl', '.xz'): the format, and the compression or ''."""
-    path = Path(path)
-    last = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, '')
-
-
-def open_bytes(path):
-    """A local file or a URL that fsspec knows (hf://...), decompressed as its suffix says -> binary file."""
-    import fsspec
-    from fsspec.utils import infer_compression
-
-    compression = suffixes(path)[1]
-    if not compression and '://' not in path:
-        return open(path, 'rb')
-    if compression and infer_compression(path) is None:
-        raise CorpusError(
-            f'{path}: nothing here reads {compression}: pip install zstandard, or decompress it'
-        )
-    return fsspec.open(path, 'rb', compression='infer').open()
-
-
-def stored_size(path):
-    """Bytes of the file as it is stored."""
-    if '://' not in path:
-        return Path(path).stat().st_size
-    import fsspec
-
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return filesystem.info(inner)['size']
-
-
-def boundary(text, low, high):
-    """The last place in text[low:high] where cutting does not change the tokens.
-
-    That is between a letter or digit and a space or newline: the word patterns of GPT-2, of the newer
-    tiktoken encodings and of byte-level BPEs never match across it and never look back over it. Where there
-    is none the cut is at `high`, and a token or two may differ from those of the uncut text.
-    """
-    for start in (max(low, high - 4096), low):
-        ends = [match.end() for match in BOUNDARY.finditer(text, start, high + 1)]
-        if ends:
-            return ends[-1]
-    return high
-
-
-def cut(strings):
-    """str after str, together one document -> str after str of at most PIECE characters, cut at boundaries.
-
-    The result depends on the document alone, not on how it was divided before.
-    """
-    held, size = [], 0
-    for part in strings:
-        held.append(part)
-        size += len(part)
-        if size > PIECE:
-            text, at = ''.join(held), 0
-            while len(text) - at > PIECE:
-                end = boundary(text, at, at + PIECE)
-                yield text[at:end]
-                at = end
-            held, size = [text[at:]], len(text) - at
-    if size:
-        yield ''.join(held)
-
-
-def flagged(pieces):
-    """The pieces (bytes) of one document -> (bytes, flags); a document without text is one empty piece."""
-    held, flags = b'', STARTS
-    for piece in pieces:
-        if held:
-            yield held, flags
-            flags = 0
-        held = piece
-    yield held, flags | ENDS
-
-
-def utf8(strings):
-    return (well_formed(text).encode('utf-8') for text in strings)
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A text file: one document. With start and stop a part of it, in bytes, moved to whole characters."""
-
-    path: str
-    start: int = 0
-    stop: int | None = None
-    raw: bool = False  # the bytes as they are, for the bytes tokenizer: any file will do, and cuts are exact
-
-    def pieces(self):
-        yield from flagged(self.blocks() if self.raw else utf8(cut(self.texts())))
-
-    def texts(self):
-        kind = 'utf-8' if self.start else 'utf-8-sig'  # a byte order mark is no text
-        decoder, position = codecs.getincrementaldecoder(kind)(), self.start
-        try:
-            for block in self.blocks():
-                yield decoder.decode(block)
-                position += len(block)
-            decoder.decode(b'', final=True)
-        except UnicodeDecodeError as error:
-            at = position - len(decoder.getstate()[0]) + error.start
-            raise CorpusError(
-                f'{self.path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {at:,}; convert it '
-                '(iconv -f ENCODING -t utf-8), or read its bytes with --tokenizer bytes'
-            ) from error
-
-    def blocks(self):
-        with open_bytes(self.path) as file:
-            file.seek(self.start)
-            left = math.inf if self.stop is None else self.stop - self.start
-            skip = 3 if self.start and not self.raw else 0  # the end of a character that the part before has
-            while left > 0 and (block := file.read(int(min(PIECE, left)))):
-                left -= len(block)
-                while skip and block and block[0] & 0xC0 == 0x80:
-                    block, skip = block[1:], skip - 1
-                skip = 0
-                if left == 0 and not self.raw:
-                    tail = file.read(3)
-                    block += tail[: next((i for i, b in enumerate(tail) if b & 0xC0 != 0x80), len(tail))]
-                yield block
-
-
-def length(path):
-    """Bytes of the decompressed file."""
-    if not suffixes(path)[1]:
-        return stored_size(path)
-    return sum(len(block) for block in TextFile(path, raw=True).blocks())
-
-
-@dataclass(frozen=True)
-class Records:
-    """JSON lines, a JSON array or parquet: each row a document, its text made by `template` from its fields.
-
-    A null is the empty text. Other columns may hold anything.
-    """
-
-    path: str
-    template: str = '{text}'
-
-    def pieces(self):
-        for text in self.texts():
-            yield from flagged(utf8(cut([text])))
-
-    def texts(self):
-        fields = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-        parquet = suffixes(self.path)[0] == '.parquet'
-        for where, row in (_parquet_rows if parquet else _json_rows)(self.path, fields):
-            if not isinstance(row, dict) or not all(name in row for name in fields):
-                missing = [name for name in fields if not isinstance(row, dict) or name not in row]
-                has = ', '.join(row) if isinstance(row, dict) else type(row).__name__
-                raise CorpusError(f'{where} has no field {missing[0]!r}: it has {has}; give --field')
-            values = {name: '' if row[name] is None else row[name] for name in fields}
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    raise CorpusError(f'{where}: field {name!r} is not text but {type(value).__name__}')
-            yield self.template.format_map(values)
-
-
-def _json_rows(path, fields):
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            where = f'{path}, line {number}'
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                if number == 1 and line.lstrip().startswith(b'['):  # an array: read as a whole
-                    yield from (
-                        (f'{path}, row {i}', row) for i, row in enumerate(json.loads(line + file.read()), 1)
-                    )
-                else:
-                    yield where, json.loads(line)
-            except ValueError as error:
-                raise CorpusError(f'{where} is not JSON: {error}') from error
-
-
-def _parquet_rows(path, fields):
-    import pyarrow.parquet as pq
-
-    with open_bytes(path) as file:
-        table = pq.ParquetFile(file)
-        columns = [name for name in fields if name in table.schema_arrow.names]
-        if len(columns) < len(fields):
-            yield f'{path}', dict.fromkeys(table.schema_arrow.names)  # what is missing is said in one place
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns, use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield f'{path}, row {number}', row
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The rows of several sources as one document, joined as they stand."""
-
-    sources: tuple
-
-    @property
-    def path(self):
-        return self.sources[0].path
-
-    def pieces(self):
-        yield from flagged(utf8(cut(text for source in self.sources for text in source.texts())))
-
-
-def paths(given):
-    """Files, folders (everything below that looks like text or records), patterns and URLs -> sorted file
-    names."""
-    found = []
-    for name in map(str, given):
-        if '://' in name or Path(name).is_file():
-            found.append(name)
-        elif Path(name).is_dir():
-            below = sorted(p for p in Path(name).rglob('*') if p.is_file() and not p.name.startswith('.'))
-            usable = [str(p) for p in below if suffixes(p)[0] in (*TEXT, *RECORDS)]
-            if len(usable) < len(below):
-                print(
-                    f'{name}: {len(below) - len(usable)} of {len(below)} files are neither text nor records'
-                )
-            found += usable
-        elif has_magic(name):
-            found += sorted(p for p in glob(name, recursive=True) if Path(p).is_file())
-        else:
-            raise CorpusError(f'{name} does not exist')
-    if not found:
-        raise CorpusError(f'no text in {", ".join(map(str, given))}')
-    return found
-
-
-def file_source(path, template='{text}', raw=False):
-    """The source that reads a file of this name."""
-    kind = suffixes(path)[0]
-    if kind in RECORDS:
-        return Records(path, template)
-    if kind in ('.csv', '.tsv', '.arrow', '.feather', '.pdf', '.docx', '.tar', '.pkl', '.npy', '.bin'):
-        raise CorpusError(f'{path}: {kind} is not read here; convert it to .jsonl, .parquet or plain text')
-    return TextFile(path, raw=raw)
-
-
-def file_sources(given, template='{text}', raw=False):
-    return [file_source(path, template, raw) for path in paths(given)]
-
-
-def hub_sources(repo, revision=None, config=None, template='{text}'):
-    """The files of a dataset repository -> ({split: [Records]}, what meta.json says of the source).
-
-    The revision becomes the commit that it names now. With HF_HUB_OFFLINE=1 the copy in the local cache is
-    used.
-    """
-    import datasets
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    try:
-        if constants.HF_HUB_OFFLINE:
-            place = snapshot_download(repo, repo_type='dataset', revision=revision, local_files_only=True)
-            commit = Path(place).name
-            builder = datasets.load_dataset_builder(place, name=config)
-        else:
-            commit = HfApi().dataset_info(repo, revision=revision).sha
-            builder = datasets.load_dataset_builder(repo, name=config, revision=commit)
-    except Exception as error:  # whatever the network brings: one line that says what to do without one
-        at = f' --revision {revision}' if revision else ''
-        raise CorpusError(
-            f'cannot reach https://huggingface.co/datasets/{repo} ({type(error).__name__}: '
-            f'{_one_line(error)}); where there is a network run: hf download {repo} --repo-type dataset{at}; '
-            'then here set HF_HUB_OFFLINE=1, and HF_HOME to the folder of that cache, or give --files'
-        ) from error
-    names = {'validation': 'val', 'valid': 'val', 'dev': 'val'}
-    splits = {
-        names.get(str(split), str(split)): list(files) for split, files in builder.config.data_files.items()
-    }
-    return (
-        {split: [file_source(str(file), template) for file in files] for split, files in splits.items()},
-        {'repo': repo, 'revision': commit, **({'config': config} if config else {})},
-    )
-
-
-def download(url, sha256, folder):
-    """Fetches a file once, checked against its SHA-256 -> path."""
-    from urllib.request import urlopen
-
-    path = Path(folder) / url.rsplit('/', 1)[-1]
-    if path.is_file() and _sha256(path) == sha256:
-        return str(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + '.part')
-    try:
-        with urlopen(url, timeout=60) as response, partial.open('wb') as file:
-            shutil.copyfileobj(response, file, 1 << 20)
-    except OSError as error:
-        raise CorpusError(
-            f'cannot download {url} ({_one_line(error)}); without a network: put it at {path}, or '
-            'give another copy with --files'
-        ) from error
-    if _sha256(partial) != sha256:
-        raise CorpusError(
-            f'{url} is not what it was (SHA-256 {_sha256(partial)}, expected {sha256}): see {partial}'
-        )
-    os.replace(partial, path)
-    return str(path)
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _one_line(error):
-    return ' '.join(str(error).split())[:300]
-
-
-@contextmanager
-def named(source):
-    """Turns whatever reading a source may raise into one line with its name."""
-    try:
-        yield
-    except (CorpusError, TokenizerError, BrokenProcessPool):
-        raise
-    except Exception as error:
-        raise CorpusError(
-            f'{source.path} cannot be read: {type(error).__name__}: {_one_line(error)}'
-        ) from error
-
-
-# --- encoding
-# -------------------------------------------------------------------------------------------------
+# Encoding -------------------------------------------------------------------
 
 
 def chunks(sources, at=(0, 0)):
-    """Divides the pieces of all sources into chunks, from position `at` on -> (pieces, flags, position
-    after).
+    """The pieces of all sources from position `at` on, in chunks -> (pieces, flags, position after).
 
     A position is (source, piece of it), so that going on needs no look into the sources before.
     """
@@ -451,7 +98,7 @@ def _tokenizer(spec_path):
 def encode_chunk(path, spec_path, pieces, flags, after, begin, end):
     """Encodes a chunk to the file `path`: tokens, a row (tokens, bytes, flags) per piece, the position after.
 
-    `begin`, `end`: ids put before and after every document, or None -> bytes of text.
+    `begin`, `end`: ids put before and after every document, or None. Returns the bytes of text.
     """
     tokenizer = _tokenizer(spec_path)
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
@@ -520,35 +167,32 @@ def encode_split(folder, sources, spec_path, executor, under_way, bar, begin, en
     folder.mkdir(exist_ok=True)
     done, after = [], (0, 0)
     while (path := folder / f'{len(done):06d}.npz').is_file():
-        try:
-            with np.load(path) as chunk:
-                size, after = int(chunk['table'][:, 1].sum()), tuple(int(i) for i in chunk['after'])
-        except Exception:  # cut short, by a power failure: it is encoded again
-            break
+        table, position = load_chunk(path, 'table', 'after')
+        after = tuple(position.tolist())
         done.append(path)
-        bar.update(size)
+        bar.update(int(table[:, 1].sum()))
     pending = set()
-
-    def collect(least):
-        """Waits until at most `least` chunks are under way."""
-        nonlocal pending
-        while len(pending) > least:
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in finished:
-                bar.update(future.result())
-
     for pieces, flags, after_this in chunks(sources, after):
         path = folder / f'{len(done):06d}.npz'
         arguments = (path, spec_path, pieces, flags, after_this, begin, end)
         pending.add(executor.submit(encode_chunk, *arguments))
         done.append(path)
-        collect(under_way)
-    collect(0)
+        while len(pending) > under_way:
+            pending = _collect(pending, bar)
+    while pending:
+        pending = _collect(pending, bar)
     return done
 
 
-# --- the tokenizer
-# --------------------------------------------------------------------------------------------
+def _collect(pending, bar):
+    """Waits for one of the chunks under way -> those that still are."""
+    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+    for future in finished:
+        bar.update(future.result())
+    return pending
+
+
+# The tokenizer --------------------------------------------------------------
 
 
 def fitted(name):
@@ -569,7 +213,8 @@ def fit(name, splits, holdout):
         raise CorpusError(f'{name!r}: a BPE is asked for with its vocabulary size, as in bpe:4096')
     held = frozenset()
     if holdout:
-        held = frozenset(holdout.documents(sum(flag >> 1 for _, flag in _pieces(splits['train']))).tolist())
+        count = sum(bool(flag & ENDS) for _, flag in _pieces(splits['train']))
+        held = frozenset(holdout.documents(count).tolist())
     return train_bpe(_texts(splits['train'], held, FIT_BYTES), int(size))
 
 
@@ -591,14 +236,13 @@ def _texts(sources, held=frozenset(), at_most=math.inf):
         document += bool(flag & ENDS)
 
 
-# --- token files
-# ----------------------------------------------------------------------------------------------
+# Token files ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """The documents held out for validation: those that `datasets`' train_test_split(fraction, seed) holds
-    out, in its order (the rest keeps the order of the corpus, which that function shuffles)."""
+    """The documents held out for validation: those of `train_test_split(fraction, seed=seed)` in `datasets`,
+    in its order. The rest keeps the order of the corpus, which that function shuffles."""
 
     fraction: float
     seed: int
@@ -611,7 +255,7 @@ class Holdout:
                 f'holding out {self.fraction} of {count} document(s) leaves a split empty: give --val_files, '
                 'or cut one text by position with data/shakespeare/prepare.py --files'
             )
-        return np.random.default_rng(self.seed).permutation(count)[:held]
+        return np.random.default_rng(self.seed).permutation(count)[:held].copy()
 
 
 class Split:
@@ -637,16 +281,22 @@ class Split:
         return {**counts, 'sha256': self.digest.hexdigest()}
 
 
-def _load_chunk(path):
-    with np.load(path) as chunk:
-        return chunk['tokens'], chunk['table']
+def load_chunk(path, *names):
+    """The arrays of these names in a chunk."""
+    try:
+        with np.load(path) as chunk:
+            return [chunk[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise CorpusError(
+            f'{path} is damaged ({one_line(error)}): delete it, and run the same command'
+        ) from error
 
 
 def join_chunks(work, name, done):
     """The chunks of a split -> work/name.bin; its entry of meta.json."""
     split = Split(work / f'{name}.bin')
     for path in done:
-        tokens, table = _load_chunk(path)
+        tokens, table = load_chunk(path, 'tokens', 'table')
         split.write(tokens, (table[:, 2] & ENDS > 0).sum(), table[:, 1].sum())
     return split.finish()
 
@@ -655,8 +305,8 @@ def join_and_hold_out(work, done, holdout):
     """The chunks of one corpus -> work/train.bin and work/val.bin; their entries of meta.json."""
     count = 0
     for path in done:
-        with np.load(path) as chunk:
-            count += int((chunk['table'][:, 2] & ENDS > 0).sum())
+        (table,) = load_chunk(path, 'table')
+        count += int((table[:, 2] & ENDS > 0).sum())
     order = holdout.documents(count)
     is_held = np.zeros(count, bool)
     is_held[order] = True
@@ -664,7 +314,7 @@ def join_and_hold_out(work, done, holdout):
     tokens_of, bytes_of = Counter(), Counter()  # of the documents held out
     with open(work / 'held.bin', 'wb') as file:  # in the order of the corpus
         for path in done:
-            tokens, table = _load_chunk(path)
+            tokens, table = load_chunk(path, 'tokens', 'table')
             ends = table[:, 2] & ENDS > 0
             documents = document + np.cumsum(ends) - ends  # of each piece
             document += int(ends.sum())
@@ -676,51 +326,27 @@ def join_and_hold_out(work, done, holdout):
                 tokens_of[number] += row[0]
                 bytes_of[number] += row[1]
     val, corpus_order = Split(work / 'val.bin'), sorted(tokens_of)
-    starts = dict(
-        zip(corpus_order, np.cumsum([0, *(tokens_of[n] for n in corpus_order)]).tolist(), strict=False)
-    )
+    ends = np.cumsum([tokens_of[number] for number in corpus_order]).tolist()
+    end_of = dict(zip(corpus_order, ends, strict=True))
     stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(tokens_of.values()) else tokens[:0]
     for number in order.tolist():
-        val.write(stored[starts[number] : starts[number] + tokens_of[number]], 1, bytes_of[number])
+        end = end_of[number]
+        val.write(stored[end - tokens_of[number] : end], 1, bytes_of[number])
     return {'train': train.finish(), 'val': val.finish()}
 
 
-# --- prepare
-# --------------------------------------------------------------------------------------------------
+# Prepare --------------------------------------------------------------------
 
 
-def identity(source):
-    """What makes a source another one, JSON-able: its class and fields, and size and time of its file."""
-    if isinstance(source, Joined):
-        return [identity(part) for part in source.sources]
-    stat = Path(source.path).stat() if '://' not in source.path else None
-    return [type(source).__name__, asdict(source), stat and [stat.st_size, stat.st_mtime_ns]]
+def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, holdout=None, num_proc=None):
+    """Makes the token files of `splits` ({'train': sources, 'val': sources}) -> what it wrote to meta.json.
 
-
-def estimate(sources):
-    """About how many bytes of text the sources hold, from the sizes of their files: for the bar and the
-    disk."""
-    total = 0
-    for source in sources:
-        if isinstance(source, Joined):
-            total += estimate(source.sources)
-        elif isinstance(source, TextFile) and source.stop is not None:
-            total += source.stop - source.start
-        else:
-            kind, compression = suffixes(source.path)
-            total += stored_size(source.path) * RECORDS.get(kind, 1) * COMPRESSED.get(compression, 1)
-    return int(total)
-
-
-def prepare(out_dir, tokenizer, splits, source=None, *, end=True, begin=False, holdout=None, num_proc=None):
-    """Makes the token files of `splits` ({'train': sources, 'val': sources, ...}) in `out_dir` -> meta.json's
-    content.
-
-    tokenizer: a name that tokenizer.load knows, or 'bpe:N' or 'chars' to make one from the corpus. source:
-    what meta.json says of where the text is from; else the files with their sizes. end, begin: whether every
-    document is followed by the end-of-text token and preceded by the beginning-of-text token (the end-of-text
-    token where the tokenizer has no other). holdout: takes the validation split out of the only split,
-    'train'. num_proc: processes that encode; None is one per core.
+    - tokenizer: a name that tokenizer.load knows, or 'bpe:N' or 'chars' to make one from the corpus
+    - origin: what meta.json says of where the text is from; else the files with their sizes
+    - end: whether the end-of-text token follows every document
+    - begin: whether the beginning-of-text token, or else the end-of-text token, precedes it
+    - holdout: takes the validation split out of 'train'
+    - num_proc: processes that encode; None is one per core
 
     Does nothing where the folder holds just that already; goes on where an earlier call was killed.
     """
@@ -737,18 +363,18 @@ def prepare(out_dir, tokenizer, splits, source=None, *, end=True, begin=False, h
             f'another prepare is at work in {out_dir}: wait for it, or take another --out_dir'
         ) from None
     try:
-        meta = _prepare(out_dir, work, tokenizer, splits, source, end, begin, holdout, num_proc)
+        meta = _prepare(out_dir, work, tokenizer, splits, origin, end, begin, holdout, num_proc)
     finally:
         lock.release()
     shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
-def _prepare(out_dir, work, name, splits, source, end, begin, holdout, num_proc):
+def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc):
     started = time.monotonic()
-    num_proc = num_proc or len(
-        os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count())
-    )
+    num_proc = cores() if num_proc is None else num_proc
+    if num_proc < 1:
+        raise CorpusError(f'--num_proc {num_proc}: at least one process encodes')
     os.environ['TOKENIZERS_PARALLELISM'] = 'true' if num_proc > 1 else 'false'
     tokenizer = None if fitted(name) else load(name)
     job = {
@@ -788,7 +414,7 @@ def _prepare(out_dir, work, name, splits, source, end, begin, holdout, num_proc)
         executor, under_way = Inline(), 0
     else:
         executor = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker)
-        under_way = 2 * num_proc
+        under_way = num_proc + 2
     bar = tqdm(
         total=sum(text_bytes.values()),
         unit='B',
@@ -811,21 +437,18 @@ def _prepare(out_dir, work, name, splits, source, end, begin, holdout, num_proc)
     finally:
         executor.shutdown(cancel_futures=True)
         bar.close()
-    if holdout:
-        entries = join_and_hold_out(work, done['train'], holdout)
-    else:
-        entries = {split: join_chunks(work, split, paths) for split, paths in done.items()}
+    entries = join_and_hold_out(work, done.pop('train'), holdout) if holdout else {}
+    entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
     for split, entry in entries.items():
         if entry['tokens'] == 0:
             raise CorpusError(f'{out_dir}: the split {split} has no text')
-    files = {split: [[s.path, stored_size(s.path)] for s in sources] for split, sources in splits.items()}
     meta = {
         'format': FORMAT,
         'tokenizer': {k: v for k, v in tokenizer.spec.items() if k != 'json'},
         'vocab_size': tokenizer.vocab_size,
         'dtype': dtype,
         'splits': entries,
-        'source': source or {'files': files},
+        'source': origin or {'files': {s: stored_files(sources) for s, sources in splits.items()}},
         'command': command_line(),
         'job': job,
     }
@@ -837,6 +460,11 @@ def _prepare(out_dir, work, name, splits, source, end, begin, holdout, num_proc)
         f'{num_proc} process(es)'
     )
     return meta
+
+
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _already(out_dir, job):
@@ -860,8 +488,7 @@ def _same_job(work, job):
 
 
 def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):
-    """Refuses to start where the tokens will not fit: the chunks and the files joined from them, side by
-    side."""
+    """Refuses to start where the chunks, and beside them the files joined from them, will not fit."""
     sample = next(iter(_pieces(splits['train'])), (b'', 0))[0][:65536].decode('utf-8', 'ignore')
     ratio = len(tokenizer.encode(sample)) / max(1, len(sample.encode('utf-8')))
     there = sum(path.stat().st_size for path in work.rglob('*') if path.is_file())
@@ -882,9 +509,10 @@ def _put_in_place(out_dir, work, meta, tokenizer):
     for split in meta['splits']:
         os.replace(work / f'{split}.bin', out_dir / f'{split}.bin')
     if 'json' in tokenizer.spec:
-        with replacing(out_dir / 'tokenizer.json') as file:
-            file.write(tokenizer.spec['json'].encode('utf-8'))
-    write_json(out_dir / META, meta)
+        (work / 'tokenizer.json').write_bytes(tokenizer.spec['json'].encode('utf-8'))
+        os.replace(work / 'tokenizer.json', out_dir / 'tokenizer.json')
+    write_json(work / META, meta)
+    os.replace(work / META, out_dir / META)
 
 
 def report(out_dir, meta):
@@ -910,12 +538,12 @@ def command_line():
     return subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
 
 
-# --- what the scripts in data/*/ have in common
-# -----------------------------------------------------------------
+# What the scripts in data/*/ have in common ---------------------------------
 
 
-def parser(script, description, tokenizer, hub=None):
-    """The options that every prepare.py has; `hub`: (repository, revision), for those with a Hub source."""
+def parser(script, description, tokenizer, hub=None, val_fraction=None):
+    """The options that a prepare.py has; `hub`: (repository, revision), for those with a Hub source;
+    `val_fraction`: for those that hold documents out."""
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -939,16 +567,60 @@ def parser(script, description, tokenizer, hub=None):
     if hub:
         add('--repo', default=hub[0], help=f'dataset on the Hugging Face Hub ({hub[0]})')
         add('--revision', default=hub[1], help=f'its branch, tag or commit ({hub[1] or "main"})')
+    if val_fraction:
+        why = 'documents held out where validation does not come apart'
+        add('--val_fraction', type=float, default=val_fraction, help=f'{why} ({val_fraction})')
+        add('--split_seed', type=int, default=2357, help='which documents are held out (2357)')
     return options
 
 
 def local_splits(args, template='{text}'):
-    """--files, --val_files, --test_files -> {split: sources}."""
+    """--files, --val_files, --test_files -> {split: sources}, or None where none is given."""
     given = {'train': args.files, 'val': args.val_files, 'test': args.test_files}
-    if not args.files:
+    given = {split: files for split, files in given.items() if files}
+    if given and 'train' not in given:
         raise CorpusError('--val_files and --test_files go with --files, which is missing')
     raw = args.tokenizer == 'bytes'
-    return {split: file_sources(files, template, raw) for split, files in given.items() if files}
+    splits = {s: [file_source(path, template, raw) for path in paths(files)] for s, files in given.items()}
+    return splits or None
+
+
+def corpus_splits(args, config=None, template='{text}'):
+    """The local files where they are given, else the Hub's -> ({split: sources}, origin for `prepare`)."""
+    splits = local_splits(args, template)
+    return (splits, None) if splits else hub_sources(args.repo, args.revision, config, template)
+
+
+def prepare_documents(args, template, begin=False):
+    """Prepares documents (rows, or whole text files) from the Hub or from --files, some of them held out."""
+    splits, origin = corpus_splits(args, template=template)
+    holdout = None if 'val' in splits else Holdout(args.val_fraction, args.split_seed)
+    prepare(
+        args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, num_proc=args.num_proc
+    )
+
+
+def positional_splits(args, url, sha256, cuts):
+    """One text, cut by position -> ({split: sources}, origin): the file at `url`, or the one of --files.
+
+    cuts: {split: percent of the bytes at which it ends}, moved to whole characters but for the bytes
+    tokenizer.
+    """
+    if args.val_files or args.test_files:
+        return local_splits(args), None
+    origin = None if args.files else {'url': url, 'sha256': sha256}
+    found = paths(args.files) if args.files else [download(url, sha256, Path(args.out_dir) / 'download')]
+    raw = args.tokenizer == 'bytes'
+    if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
+        raise CorpusError(
+            f'one text file is cut by position, not {len(found)} files or records: give --val_files too'
+        )
+    size, start, splits = text_size(found[0]), 0, {}
+    for split, percent in cuts.items():
+        stop = size * percent // 100
+        splits[split] = [TextFile(found[0], start, stop, raw)]
+        start = stop
+    return splits, origin
 
 
 def run(main):
@@ -960,4 +632,4 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit('interrupted: run the same command again to go on')
     except OSError as error:
-        sys.exit(f'error: {_one_line(error)}')
+        sys.exit(f'error: {one_line(error)}')

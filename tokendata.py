@@ -18,6 +18,7 @@ import numpy as np
 from tokenizer import fingerprint
 
 FORMAT = 1  # of meta.json
+SPLITS = ('train', 'val', 'test')
 META, STAMP, WORK = 'meta.json', '.verified.json', '.prepare'
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 SCAN_BYTES = 1 << 23  # read at a time when a file is verified
@@ -68,11 +69,7 @@ def open_data(folder, block_size=None, vocab_size=None, verify=True):
         )
     vocab_size = meta.get('vocab_size') or int(vocab_size)
     dtype = DTYPES[meta.get('dtype') or dtype_for(vocab_size)]
-    names = (
-        list(meta['splits'])
-        if meta
-        else [s for s in ('train', 'val', 'test') if (folder / f'{s}.bin').exists()]
-    )
+    names = list(meta['splits']) if meta else [s for s in SPLITS if (folder / f'{s}.bin').exists()]
     for name in ('train', 'val'):
         if name not in names:
             raise DataError(f'{folder / name}.bin is missing: {mend}')
@@ -125,6 +122,8 @@ def _read_meta(folder, vocab_size):
     if meta['dtype'] not in DTYPES:
         raise DataError(f'{path} has dtype {meta["dtype"]!r}, expected one of {", ".join(DTYPES)}: {mend}')
     for name, split in meta['splits'].items():
+        if name not in SPLITS:
+            raise DataError(f'{path} has a split {name!r}, expected {", ".join(SPLITS)}: {mend}')
         if not isinstance(split, dict) or not isinstance(split.get('tokens'), int) or 'sha256' not in split:
             raise DataError(f"{path} does not say the tokens and sha256 of split '{name}': {mend}")
     if vocab_size and int(vocab_size) != meta['vocab_size']:

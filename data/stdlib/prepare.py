@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import corpus
+from sources import CorpusError, TextFile
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine
@@ -26,7 +27,7 @@ LEAST = 100  # source files; with fewer, this Python came without its library's 
 
 
 @dataclass(frozen=True)
-class PythonFile(corpus.TextFile):
+class PythonFile(TextFile):
     """A Python source, in the encoding that it declares."""
 
     def texts(self):
@@ -34,7 +35,7 @@ class PythonFile(corpus.TextFile):
             yield file.read()
 
 
-def sources(library):
+def library_splits(library):
     """The library's files, {split: sources}."""
     names = []
     for folder, below, files in os.walk(library):
@@ -46,7 +47,7 @@ def sources(library):
         number = int.from_bytes(hashlib.sha256(name.encode('utf-8')).digest()[:4], 'big')
         splits['train' if number % VAL_OF else 'val'].append(PythonFile(str(library / name)))
     if len(splits['train']) < LEAST:
-        raise corpus.CorpusError(
+        raise CorpusError(
             f'{library} holds {len(splits["train"])} source files: this Python came without the sources of '
             'its library (compiled or zipped); install one with them, or give --files and --val_files'
         )
@@ -55,14 +56,13 @@ def sources(library):
 
 def main():
     args = corpus.parser(__file__, __doc__, tokenizer='bpe:4096').parse_args()
-    if args.files:
-        splits, source = corpus.local_splits(args), None
-        if 'val' not in splits:
-            raise corpus.CorpusError('--files needs --val_files here')
-    else:
-        splits = sources(Path(sysconfig.get_path('stdlib')))
-        source = {'python': platform.python_version(), 'files': sum(map(len, splits.values()))}
-    corpus.prepare(args.out_dir, args.tokenizer, splits, source, num_proc=args.num_proc)
+    splits, origin = corpus.local_splits(args), None
+    if splits is None:
+        splits = library_splits(Path(sysconfig.get_path('stdlib')))
+        origin = {'python': platform.python_version(), 'files': sum(map(len, splits.values()))}
+    if 'val' not in splits:
+        raise CorpusError('--files needs --val_files here')
+    corpus.prepare(args.out_dir, args.tokenizer, splits, origin, num_proc=args.num_proc)
 
 
 if __name__ == '__main__':

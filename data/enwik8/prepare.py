@@ -1,0 +1,27 @@
+"""enwik8, the first 10^8 bytes of a Wikipedia dump, as bytes: 90, 5 and 5 million of them, as is the custom.
+
+python data/enwik8/prepare.py
+python data/enwik8/prepare.py --files enwik8.zip
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import corpus
+
+# the SHA-256 is that of the 10^8 bytes inside
+ENWIK8 = (
+    'http://mattmahoney.net/dc/enwik8.zip',
+    '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8',
+)
+
+
+def main():
+    args = corpus.parser(__file__, __doc__, tokenizer='bytes').parse_args()
+    splits, origin = corpus.positional_splits(args, *ENWIK8, {'train': 90, 'val': 95, 'test': 100})
+    corpus.prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+
+
+if __name__ == '__main__':
+    corpus.run(main)

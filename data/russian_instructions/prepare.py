@@ -1,0 +1,30 @@
+"""Russian instructions, in the tokens of the GPT-2-shaped checkpoint that their model starts from.
+
+    python data/russian_instructions/prepare.py
+    python data/russian_instructions/prepare.py --files rows.jsonl --tokenizer path/to/checkpoint_folder
+
+A document is a row: beginning-of-text token, question, a newline, answer, end-of-text token. 0.5 % of them
+are held out.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import corpus
+
+HUB = ('Den4ikAI/russian_instructions_2', None)
+CHECKPOINT = 'ai-forever/rugpt3large_based_on_gpt2'
+
+
+def main():
+    parser = corpus.parser(__file__, __doc__, tokenizer=CHECKPOINT, hub=HUB, val_fraction=0.005)
+    parser.add_argument(
+        '--template', default='{question}\\n{answer}', help='text of a document, from the fields of its row'
+    )
+    args = parser.parse_args()
+    corpus.prepare_documents(args, args.template.replace('\\n', '\n'), begin=True)
+
+
+if __name__ == '__main__':
+    corpus.run(main)

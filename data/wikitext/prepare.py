@@ -1,0 +1,37 @@
+"""WikiText-2 or -103, raw, as GPT-2 tokens, with the train, validation and test splits that they come with.
+
+    python data/wikitext/prepare.py             # WikiText-103 in data/wikitext103
+    python data/wikitext/prepare.py --size 2    # WikiText-2 in data/wikitext2
+    python data/wikitext/prepare.py --files wiki.train.raw --val_files wiki.valid.raw
+
+The lines of a split follow each other as they stand, as one text: no token is put between articles, since the
+published perplexities have none.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import corpus
+from sources import CorpusError, Joined
+
+HUB = ('Salesforce/wikitext', 'b08601e04326c79dfdd32d625aee71d232d685c3')
+
+
+def main():
+    parser = corpus.parser(__file__, __doc__, tokenizer='gpt2', hub=HUB)
+    parser.add_argument(
+        '--size', choices=('2', '103'), default='103', help='WikiText-2 or WikiText-103 (103)'
+    )
+    parser.set_defaults(out_dir=None)
+    args = parser.parse_args()
+    out_dir = args.out_dir or Path(__file__).resolve().parents[1] / f'wikitext{args.size}'
+    splits, origin = corpus.corpus_splits(args, f'wikitext-{args.size}-raw-v1')
+    if 'val' not in splits:
+        raise CorpusError('--files needs --val_files here')
+    splits = {split: [Joined(tuple(parts))] for split, parts in splits.items()}
+    corpus.prepare(out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+
+
+if __name__ == '__main__':
+    corpus.run(main)

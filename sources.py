@@ -1,0 +1,424 @@
+"""Text as it lies about: files, rows of files, repositories of the Hugging Face Hub, all read as streams.
+
+A source is a dataclass with the `path` of a file, `texts()`, which yields its text bit by bit, and
+`pieces()`, which yields (UTF-8 bytes, flags): documents, long ones in several pieces.
+
+`datasets` finds the files of a Hub repository (configuration, splits, revision). Rows are read here, by json
+and pyarrow: the JSON reader of `datasets` 5.2 fails where a field first appears late in a file, and its
+streaming parquet reader was seen to take 1.1 GB for a file of 0.4 GB.
+"""
+
+import codecs
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import string
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from glob import glob, has_magic
+from pathlib import Path
+
+from tokenizer import well_formed
+
+PIECE = 1 << 18  # characters: a longer document is encoded in pieces
+STARTS, ENDS = 1, 2  # flags of a piece: it begins a document, it ends one
+COMPRESSED = {
+    '.gz': 4,
+    '.xz': 5,
+    '.bz2': 5,
+    '.zst': 4,
+    '.zip': 3,
+}  # suffix -> about how much text a byte holds
+RECORDS = {'.jsonl': 1, '.ndjson': 1, '.json': 1, '.parquet': 1.7}
+TEXT = (
+    '.txt',
+    '.text',
+    '.md',
+    '.rst',
+    '.tex',
+    '.html',
+    '.xml',
+    '.py',
+    '.c',
+    '.h',
+    '.cpp',
+    '.rs',
+    '.go',
+    '.js',
+)
+NOT_TEXT = ('.csv', '.tsv', '.arrow', '.feather', '.pdf', '.docx', '.tar', '.pkl', '.npy', '.npz', '.bin')
+BOUNDARY = re.compile(r'[^\W_](?=[ \n])')
+
+
+class CorpusError(Exception):
+    """Text that cannot be made into token files, in one line: what, why, and the mend."""
+
+
+def one_line(error):
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+@contextmanager
+def named(source):
+    """Turns whatever reading a source may raise into one line with its name."""
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:
+        raise CorpusError(f'{source.path} cannot be read: {one_line(error)}') from error
+
+
+# Files ----------------------------------------------------------------------
+
+
+def suffixes(path):
+    """'a/b.jsonl.xz' -> ('.jsonl', '.xz'): the format, and the compression or ''."""
+    path = Path(path)
+    last = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, '')
+
+
+def open_bytes(path):
+    """A local file or a URL that fsspec knows (hf://...), decompressed as its suffix says -> binary file."""
+    compression = suffixes(path)[1]
+    if not compression and '://' not in path:
+        return open(path, 'rb')
+    import fsspec
+    from fsspec.utils import infer_compression
+
+    if compression and infer_compression(path) is None:
+        raise CorpusError(
+            f'{path}: nothing here reads {compression}: pip install zstandard, or decompress it'
+        )
+    return fsspec.open(path, 'rb', compression='infer').open()
+
+
+def stored_size(path):
+    """Bytes of the file as it is stored."""
+    if '://' not in path:
+        return Path(path).stat().st_size
+    import fsspec
+
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return filesystem.info(inner)['size']
+
+
+def text_size(path):
+    """Bytes of the file when it is decompressed: by reading it, where that is so."""
+    if not suffixes(path)[1]:
+        return stored_size(path)
+    return sum(len(block) for block in TextFile(path, raw=True).blocks())
+
+
+def text_sha256(path):
+    """SHA-256 of the file when it is decompressed."""
+    digest = hashlib.sha256()
+    for block in TextFile(str(path), raw=True).blocks():
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# Pieces ---------------------------------------------------------------------
+
+
+def boundary(text, low, high):
+    """The last place in text[low:high] where cutting does not change the tokens.
+
+    That is between a letter or digit and a space or newline: the word patterns of GPT-2, of the newer
+    tiktoken encodings and of byte-level BPEs never match across it and never look back over it. Where there
+    is none the cut is at `high`, and a token or two may differ from those of the uncut text.
+    """
+    for start in (max(low, high - 4096), low):
+        ends = [match.end() for match in BOUNDARY.finditer(text, start, high + 1)]
+        if ends:
+            return ends[-1]
+    return high
+
+
+def cut(strings):
+    """str after str, together one document -> str after str of at most PIECE characters, cut at boundaries.
+
+    The result depends on the document alone, not on how it was divided before.
+    """
+    held, size = [], 0
+    for part in strings:
+        held.append(part)
+        size += len(part)
+        if size > PIECE:
+            text, at = ''.join(held), 0
+            while len(text) - at > PIECE:
+                end = boundary(text, at, at + PIECE)
+                yield text[at:end]
+                at = end
+            held, size = [text[at:]], len(text) - at
+    if size:
+        yield ''.join(held)
+
+
+def flagged(pieces):
+    """The pieces (bytes) of one document -> (bytes, flags); a document without text is one empty piece."""
+    held, flags = b'', STARTS
+    for piece in pieces:
+        if held:
+            yield held, flags
+            flags = 0
+        held = piece
+    yield held, flags | ENDS
+
+
+def document(strings):
+    """str after str, together one document -> (bytes, flags)."""
+    return flagged(well_formed(text).encode('utf-8') for text in cut(strings))
+
+
+# Sources --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file: one document. With start and stop a part of it, in bytes, moved to whole characters."""
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    raw: bool = (
+        False  # bytes as they are, for the bytes tokenizer: any file will do, and start and stop are exact
+    )
+
+    def pieces(self):
+        return flagged(self.blocks()) if self.raw else document(self.texts())
+
+    def texts(self):
+        # a byte order mark is no text
+        decoder = codecs.getincrementaldecoder('utf-8' if self.start else 'utf-8-sig')()
+        position = self.start
+        try:
+            for block in self.blocks():
+                yield decoder.decode(block)
+                position += len(block)
+            decoder.decode(b'', final=True)
+        except UnicodeDecodeError as error:
+            at = position - len(decoder.getstate()[0]) + error.start
+            raise CorpusError(
+                f'{self.path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {at:,}; convert it '
+                '(iconv -f ENCODING -t utf-8), or read its bytes with --tokenizer bytes'
+            ) from error
+
+    def blocks(self):
+        with open_bytes(self.path) as file:
+            if self.start:
+                file.seek(self.start)
+            left = math.inf if self.stop is None else self.stop - self.start
+            skip = 3 if self.start and not self.raw else 0  # the end of a character that the part before has
+            while left > 0 and (block := file.read(int(min(PIECE, left)))):
+                left -= len(block)
+                while skip and block and block[0] & 0xC0 == 0x80:
+                    block, skip = block[1:], skip - 1
+                skip = 0
+                if left == 0 and not self.raw:
+                    tail = file.read(3)
+                    block += tail[: next((i for i, b in enumerate(tail) if b & 0xC0 != 0x80), len(tail))]
+                yield block
+
+
+@dataclass(frozen=True)
+class Records:
+    """JSON lines, a JSON array or parquet: each row a document, its text made by `template` from its fields.
+
+    A null is the empty text. Other fields may hold anything. An array is read as a whole.
+    """
+
+    path: str
+    template: str = '{text}'
+
+    def pieces(self):
+        for text in self.texts():
+            yield from document([text])
+
+    def texts(self):
+        fields = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        rows = parquet_rows if suffixes(self.path)[0] == '.parquet' else json_rows
+        for where, row in rows(self.path, fields):
+            row = row if isinstance(row, dict) else {}
+            for name in fields:
+                if name not in row:
+                    raise CorpusError(
+                        f'{where} has no field {name!r}, only {", ".join(row) or "none"}: say which holds '
+                        'the text (--field, --template)'
+                    )
+                if not isinstance(row[name], str | None):
+                    raise CorpusError(f'{where}: field {name!r} is not text but {type(row[name]).__name__}')
+            yield self.template.format_map({name: row[name] or '' for name in fields})
+
+
+def json_rows(path, fields):
+    """(where, row) for each row; `fields` are not needed to find them."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            try:
+                if number == 1 and line.lstrip().startswith(b'['):
+                    rows = json.loads(line + file.read())
+                    yield from ((f'{path}, row {i}', row) for i, row in enumerate(rows, 1))
+                elif line.strip():
+                    yield f'{path}, line {number}', json.loads(line)
+            except ValueError as error:
+                raise CorpusError(f'{path}, line {number}, is not JSON: {error}') from error
+
+
+def parquet_rows(path, fields):
+    """(where, row) for each row, of the columns in `fields`; where one is missing, of all."""
+    import pyarrow.parquet as pq
+
+    with open_bytes(path) as file:
+        table, number = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20), 0
+        names = table.schema_arrow.names
+        columns = fields if set(fields) <= set(names) else names
+        for batch in table.iter_batches(batch_size=256, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield f'{path}, row {number}', row
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The texts of several sources as one document, joined as they stand."""
+
+    sources: tuple
+
+    @property
+    def path(self):
+        return self.sources[0].path
+
+    def pieces(self):
+        return document(text for source in self.sources for text in source.texts())
+
+
+def identity(source):
+    """What makes a source another one, JSON-able: its class and fields, and size and time of its file."""
+    if isinstance(source, Joined):
+        return [identity(part) for part in source.sources]
+    stat = Path(source.path).stat() if '://' not in source.path else None
+    return [type(source).__name__, asdict(source), stat and [stat.st_size, stat.st_mtime_ns]]
+
+
+def stored_files(sources):
+    """[path, bytes as stored] of each file that the sources read."""
+    found = []
+    for source in sources:
+        parts = source.sources if isinstance(source, Joined) else [source]
+        found += [[part.path, stored_size(part.path)] for part in parts]
+    return found
+
+
+def estimate(sources):
+    """About how many bytes of text the sources hold, from the sizes of their files: for the bar and the
+    disk."""
+    total = 0
+    for source in sources:
+        if isinstance(source, Joined):
+            total += estimate(source.sources)
+        elif isinstance(source, TextFile) and source.stop is not None:
+            total += source.stop - source.start
+        else:
+            kind, compression = suffixes(source.path)
+            total += stored_size(source.path) * RECORDS.get(kind, 1) * COMPRESSED.get(compression, 1)
+    return int(total)
+
+
+# Finding them ---------------------------------------------------------------
+
+
+def paths(given):
+    """Files, folders (all below that look like text or records), patterns and URLs -> file names, sorted
+    each."""
+    found = []
+    for name in map(str, given):
+        if '://' in name or Path(name).is_file():
+            found.append(name)
+        elif Path(name).is_dir():
+            below = sorted(p for p in Path(name).rglob('*') if p.is_file() and not p.name.startswith('.'))
+            usable = [str(p) for p in below if suffixes(p)[0] in (*TEXT, *RECORDS)]
+            if len(usable) < len(below):
+                print(
+                    f'{name}: {len(below) - len(usable)} of {len(below)} files are neither text nor records'
+                )
+            found += usable
+        elif has_magic(name):
+            found += sorted(p for p in glob(name, recursive=True) if Path(p).is_file())
+        else:
+            raise CorpusError(f'{name} does not exist')
+    if not found:
+        raise CorpusError(f'no text in {", ".join(map(str, given))}')
+    return found
+
+
+def file_source(path, template='{text}', raw=False):
+    """The source that reads a file of this name: rows by their suffix, else text."""
+    kind = suffixes(path)[0]
+    if kind in NOT_TEXT and not raw:
+        raise CorpusError(f'{path}: {kind} is not read here; convert it to .jsonl, .parquet or plain text')
+    return Records(path, template) if kind in RECORDS else TextFile(path, raw=raw)
+
+
+def hub_sources(repo, revision=None, config=None, template='{text}'):
+    """The files of a dataset repository -> ({split: sources}, what meta.json says of where they are from).
+
+    The revision becomes the commit that it names now. With HF_HUB_OFFLINE=1 the copy in the local cache is
+    used.
+    """
+    import datasets
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            place = snapshot_download(repo, repo_type='dataset', revision=revision, local_files_only=True)
+            commit = Path(place).name
+            builder = datasets.load_dataset_builder(place, name=config)
+        else:
+            commit = HfApi().dataset_info(repo, revision=revision).sha
+            builder = datasets.load_dataset_builder(repo, name=config, revision=commit)
+    except Exception as error:  # whatever the network brings: one line that says what to do without one
+        at = f' --revision {revision}' if revision else ''
+        raise CorpusError(
+            f'cannot reach https://huggingface.co/datasets/{repo} ({one_line(error)}); where there is a '
+            f'network run: hf download {repo} --repo-type dataset{at}; then here set HF_HUB_OFFLINE=1, and '
+            'HF_HOME to the folder of that cache, or give --files'
+        ) from error
+    names = {'validation': 'val', 'valid': 'val', 'dev': 'val'}
+    splits = {}
+    for split, files in builder.config.data_files.items():
+        splits[names.get(str(split), str(split))] = [file_source(str(file), template) for file in files]
+    if 'train' not in splits:
+        raise CorpusError(
+            f'{repo} has no split train, only {", ".join(splits)}: give files of it with --files'
+        )
+    splits = {split: splits[split] for split in ('train', 'val', 'test') if split in splits}
+    return splits, {'repo': repo, 'revision': commit, **({'config': config} if config else {})}
+
+
+def download(url, sha256, folder):
+    """Fetches a file once -> path. `sha256` is that of its text: of what is inside where it is compressed."""
+    from urllib.request import urlopen
+
+    path = Path(folder) / url.rsplit('/', 1)[-1]
+    if path.is_file() and text_sha256(path) == sha256:
+        return str(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name('part-' + path.name)
+    try:
+        with urlopen(url, timeout=60) as response, partial.open('wb') as file:
+            shutil.copyfileobj(response, file, 1 << 20)
+    except OSError as error:
+        raise CorpusError(
+            f'cannot download {url} ({one_line(error)}); without a network: put it at {path}, or give '
+            'another copy with --files'
+        ) from error
+    if text_sha256(partial) != sha256:
+        raise CorpusError(f'{partial}, from {url}, is not what it was: SHA-256 {sha256} was expected')
+    os.replace(partial, path)
+    return str(path)
