@@ -6,7 +6,10 @@ The boundary that every attention keeps:  y = attention(x, memory, cache)
     memory  what the layers of one forward pass share (`Memory`): memory.published has one entry per earlier
             layer, what that layer chose to publish (here its keys and values); the attention reads it and
             appends its own entry. memory.rotate puts positions into queries and keys where they are rotary.
-    cache   this layer's state from earlier tokens, made by attention.new_cache(); None without generation
+            memory.real, memory.mask: which tokens of a batch of padded sequences are padding: no attention
+            may let them count.
+    cache   this layer's state from earlier tokens, made by attention.new_cache(); None without generation.
+            Its select(rows) keeps those sequences of the batch, in that order (beam search).
     y       (B, T, n_embd), to be added to the residual stream
 
 Which heads read which layer is data (plans.py); norms, MLPs and positions are classes that a config names
@@ -149,9 +152,17 @@ def unrotated(x):
 class Memory:
     """What the layers of one forward pass share beside x; made for that pass and dropped with it."""
 
-    def __init__(self, rotate=unrotated):
+    def __init__(self, rotate=unrotated, real=None, T: int = 0):
+        """real: (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are."""
         self.published = []  # one entry per layer so far: what it chose to publish to the layers after it
         self.rotate = rotate  # of queries and keys (B, heads, T, head_size), at the positions of x
+        self.real = real
+        self.mask = None  # (B, 1, T, S) bool, who sees whom, where that is not simply everyone before
+        if real is not None:
+            S = real.size(1)
+            sees = real.new_ones(T, S).tril(S - T) & real[:, None, None, :]
+            itself = torch.eye(S, dtype=torch.bool, device=real.device)[-T:]
+            self.mask = sees | itself  # padding sees itself, else its softmax over nothing would be NaN
 
 
 class HeadLinear(nn.Linear):
@@ -182,6 +193,10 @@ class KVCache:
         self.v[:, :, self.length : end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def select(self, rows):
+        """Keep the sequences rows (a LongTensor of batch indices), in that order."""
+        self.k, self.v = self.k[rows], self.v[rows]
 
 
 class HeadPlanAttention(nn.Module):
@@ -218,13 +233,15 @@ class HeadPlanAttention(nn.Module):
         q = memory.rotate(self.q_norm(q))
         k = memory.rotate(self.k_norm(k))  # lagged heads read it as it is from here on
         k, v = self.read(k, v, memory, cache)  # (B, n_head, S, hs), S >= T: the cache's tokens come first
-        S = k.size(2)
+        S, mask = k.size(2), memory.mask
+        if mask is None and 1 < T < S:
+            mask = x.new_ones(T, S, dtype=torch.bool).tril(S - T)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if T in (1, S) else x.new_ones(T, S, dtype=torch.bool).tril(S - T),
-            is_causal=1 < T == S,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0,
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, hs) -> (B, T, C)
@@ -409,6 +426,11 @@ class Cache:
         self.layers = layers
         self.length = 0
 
+    def select(self, rows):
+        """Keep the sequences rows (a LongTensor of batch indices), in that order."""
+        for layer in self.layers:
+            layer.select(rows)
+
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int | None = None):
@@ -431,7 +453,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
-        self.init_weights(int(torch.randint(2**62, ())) if seed is None else seed)
+        self.init_weights(int(torch.randint(2**62, (), device='cpu')) if seed is None else seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -457,23 +479,29 @@ class GPT(nn.Module):
             if getattr(module, 'bias', None) is not None:
                 module.bias.zero_()
 
-    def get_extra_state(self) -> str:
-        """Saved with the weights: what the layers compute. Shapes do not tell plans, norms, … apart."""
+    def describe(self) -> str:
+        """What the layers compute, a line for the blocks and one per attention: shapes do not tell it."""
         c = self.config
         blocks = f'norm {c.norm}, mlp {c.mlp}, position {c.position}, qk_norm {c.qk_norm}'
         return '\n'.join([blocks, *(block.attn.describe() for block in self.transformer.h)])
 
+    def get_extra_state(self) -> str:
+        """Saved with the weights, and compared when they are loaded."""
+        return self.describe()
+
     def set_extra_state(self, state: str):
-        if state != self.get_extra_state():
+        if state != self.describe():
             raise ValueError(
                 'these weights belong to another attention plan or kind of block: they were trained as\n'
-                f'{state}\nand this model (attention={self.config.attention!r}) is\n{self.get_extra_state()}'
+                f'{state}\nand this model (attention={self.config.attention!r}) is\n{self.describe()}'
             )
 
-    def hidden(self, idx, cache: Cache | None = None):
+    def hidden(self, idx, cache: Cache | None = None, pos=None, real=None):
         """Token ids (B, T) -> final normalised residual stream (B, T, n_embd).
 
-        With a cache, idx follows the tokens that it holds, and the cache is advanced by T.
+        With a cache, idx follows the tokens that it holds, and the cache is advanced by T. For batches of
+        padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
+        which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
         """
         _, T = idx.shape
         start = cache.length if cache is not None else 0
@@ -481,10 +509,11 @@ class GPT(nn.Module):
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
-        pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
+        if pos is None:
+            pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
         x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
         x = self.transformer.drop(x)
-        memory = Memory(rotate)
+        memory = Memory(rotate, real, T)
         for i, block in enumerate(self.transformer.h):
             x = block(x, memory, cache.layers[i] if cache is not None else None)
         if cache is not None:

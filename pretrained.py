@@ -204,7 +204,7 @@ def _ranges(layers: list[int]) -> str:
 
 
 def _size(shape) -> str:
-    return '-' if shape is None else ' x '.join(map(str, shape))
+    return '-' if shape is None else ' x '.join(map(str, shape)) or '1'
 
 
 def _rows_copied(n: int, of: int, into: int) -> str:

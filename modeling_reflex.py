@@ -1,0 +1,250 @@
+"""Every model of this project as a `transformers` model: config, model, cache. Needs transformers 5.
+
+    model = ReflexForCausalLM(ReflexConfig(attention='reflex', head_split='4-2-2'))  # transformers.Trainer
+    model.save_pretrained(folder)                   # weights, config, and this file with all that it needs
+    AutoModelForCausalLM.from_pretrained(folder)    # here, after `import hf`; elsewhere with remote code on
+
+In an exported folder this file is itself, model.py and what that imports, joined (`one_file`).
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from huggingface_hub.dataclasses import strict
+from transformers import Cache as TransformersCache
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from model import GPT, GPTConfig
+
+
+@strict
+class ReflexConfig(PreTrainedConfig):
+    """The fields of GPTConfig (model.py), with the same meaning and defaults; all vocab_size ids are real."""
+
+    model_type = 'reflex'
+    keys_to_ignore_at_inference = ['past_key_values']  # noqa: RUF012 (transformers adds lists to it)
+    attribute_map = {  # noqa: RUF012 (transformers assigns to it)
+        'hidden_size': 'n_embd',
+        'num_hidden_layers': 'n_layer',
+        'num_attention_heads': 'n_head',
+        'n_heads': 'n_head',
+        'max_position_embeddings': 'block_size',
+        'n_positions': 'block_size',
+    }
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 768
+    dropout: float | int = 0.0
+    bias: bool = False
+    attention: str = 'vanilla'
+    head_split: str = '4-2-2'
+    norm: str = 'layernorm'
+    mlp: str = 'gelu'
+    position: str = 'learned'
+    qk_norm: bool = False
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    def gpt_config(self) -> GPTConfig:
+        names = {f.name for f in fields(GPTConfig)} - {'vocab_used'}
+        return GPTConfig(**{name: getattr(self, name) for name in names})
+
+    def validate_gpt(self):
+        """transformers calls every validate_… when a config is made: what does not fit is refused there."""
+        self.gpt_config()
+        if not self.tie_word_embeddings:
+            raise ValueError('tie_word_embeddings=False: lm_head and wte are one tensor in these models')
+
+
+class ReflexCache(TransformersCache):
+    """What `generate` carries from token to token: the Cache of model.py, by the names of transformers."""
+
+    is_croppable = False
+
+    def __init__(self, model: ReflexForCausalLM, batch_size: int):
+        super().__init__(layers=[])  # transformers keeps nothing itself
+        self.state, self.rows, self.max_length = (
+            model.gpt.new_cache(batch_size),
+            batch_size,
+            model.config.block_size,
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.state.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.max_length
+
+    def reorder_cache(self, beam_idx):
+        self.state.select(beam_idx)
+        self.rows = len(beam_idx)
+
+    def batch_select_indices(self, indices):
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int):
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def _no(self, *args, **kwargs):
+        raise NotImplementedError(
+            'this cache only grows: decoding that takes tokens back needs use_cache=False'
+        )
+
+    update = crop = reset = activate_past_recording = _no
+
+
+class _Core(GPT):
+    """The GPT, with what its layers compute saved as a tensor: safetensors hold nothing else."""
+
+    def get_extra_state(self):
+        return torch.tensor(list(self.describe().encode('utf-8')), dtype=torch.uint8, device='cpu')
+
+    def set_extra_state(self, state):
+        super().set_extra_state(bytes(state.tolist()).decode('utf-8'))
+
+
+class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
+    """A GPT of this project for `generate`, `Trainer`, `from_pretrained`, `save_pretrained`."""
+
+    config_class = ReflexConfig
+    base_model_prefix = 'gpt'
+    _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # noqa: RUF012
+    _no_split_modules = ('_Core',)  # layers read each other's keys and values: they stay on one device
+    _supports_sdpa = True
+
+    def __init__(self, config: ReflexConfig):
+        super().__init__(config)
+        self.gpt = _Core(config.gpt_config())
+        for module in self.gpt.modules():
+            module._is_hf_initialized = not self.gpt.lm_head.weight.is_meta  # GPT has drawn its weights
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        """Called for modules whose weights were not loaded, and for those that transformers adds."""
+        lost = next((name for name, own in self.gpt.named_modules() if own is module), None)
+        if lost is not None and list(module.parameters(recurse=False)):
+            raise ValueError(
+                f'{lost} is not in the weights, or has another shape there: they belong to another config. '
+                'Make a new model with ReflexForCausalLM(config) instead'
+            )
+        super()._init_weights(module)
+
+    def get_input_embeddings(self):
+        return self.gpt.transformer.wte
+
+    def set_input_embeddings(self, value):
+        self.gpt.transformer.wte = value
+
+    def get_output_embeddings(self):
+        return self.gpt.lm_head
+
+    def set_output_embeddings(self, value):
+        self.gpt.lm_head = value
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes a ReflexCache when generate asks for one
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: ReflexCache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """input_ids (B, T), after the S - T tokens that past_key_values holds -> logits (B, T, vocab_size).
+
+        attention_mask (B, S): 0 for padding, which may stand on either side; position_ids (B, T): by default
+        the number of real tokens before. labels (B, T) as input_ids, -100 where none counts. use_cache: None
+        means no cache, as a plain forward pass needs none.
+        """
+        for asked in ('output_attentions', 'output_hidden_states', 'inputs_embeds'):
+            value = kwargs.pop(asked, None)
+            if value is not None and value is not False:
+                raise ValueError(f'{asked} is not offered by {type(self).__name__}')
+        if past_key_values is not None and not isinstance(past_key_values, ReflexCache):
+            raise ValueError(
+                f'past_key_values is a {type(past_key_values).__name__}: give a ReflexCache or None'
+            )
+        B, T = input_ids.shape
+        if use_cache and past_key_values is None:
+            past_key_values = ReflexCache(self, B)
+        real = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f'attention_mask has {attention_mask.dim()} dimensions: give (B, S), 0 for padding'
+                )
+            real = attention_mask.bool()
+            if position_ids is None:
+                position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
+            if not (real[:, 1:] > real[:, :-1]).any():
+                real = None  # all padding is on the right, where nobody looks
+        if position_ids is not None:
+            position_ids = position_ids.expand(-1, T)
+        state = past_key_values.state if past_key_values is not None else None
+        hidden = self.gpt.hidden(input_ids, state, position_ids, real)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.gpt.lm_head(hidden[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the folder also gets the code, so that it loads where this project is not."""
+        own = Path(__file__)
+        self.config.auto_map = {
+            'AutoConfig': f'{own.stem}.ReflexConfig',
+            'AutoModelForCausalLM': f'{own.stem}.ReflexForCausalLM',
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        (Path(save_directory) / own.name).write_text(one_file(own), encoding='utf-8')
+
+
+def one_file(path: Path) -> str:
+    """The module at path and the modules beside it that it imports, the imported first, as one source text.
+
+    Raises ValueError where two of them give the same name to different things.
+    """
+    parts, owner = [], {}
+
+    def add(path: Path):
+        text = path.read_text(encoding='utf-8')
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            module = getattr(node, 'module', None) if isinstance(node, ast.ImportFrom) else None
+            if module == '__future__' or (module and path.with_name(f'{module}.py').exists()):
+                if module != '__future__' and path.with_name(f'{module}.py') not in owner.values():
+                    add(path.with_name(f'{module}.py'))
+                lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+            names = [getattr(node, 'name', None)]
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [t.id for t in targets if isinstance(t, ast.Name)]
+            for name in filter(None, names):
+                if owner.setdefault(name, path) != path:
+                    raise ValueError(f'{name} is defined in {owner[name].name} and in {path.name}')
+        parts.append('\n'.join(line for line in lines if line is not None).strip())
+
+    add(path)
+    return 'from __future__ import annotations\n\n' + '\n\n\n'.join(parts) + '\n'

@@ -1,0 +1,405 @@
+"""The adapter for `transformers`: the same logits and tokens, saved, loaded, generated, trained, exported."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import MISSING, asdict, fields, replace
+
+import pytest
+import torch
+
+import checkpoint
+from model import GPT, GPTConfig
+from plans import PLANS
+from tokenizer import Bytes, Chars, Tiktoken, train_bpe
+
+transformers = pytest.importorskip('transformers')
+pytest.importorskip('accelerate')
+
+import hf  # noqa: E402
+from hf import ReflexConfig, ReflexForCausalLM  # noqa: E402
+from modeling_reflex import ReflexCache, one_file  # noqa: E402
+
+TINY = GPTConfig(
+    block_size=32,
+    vocab_size=64,
+    vocab_used=50,
+    n_layer=3,
+    n_head=4,
+    n_embd=32,
+    attention='reflex',
+    head_split='2-1-1',
+)
+KINDS = {
+    **{plan: {'attention': plan} for plan in PLANS},
+    'keys and values apart': {'head_split': '4/2-1-1'},
+    'no own key': {'head_split': '2-2/4', 'n_layer': 2},
+    'modern': {'norm': 'rmsnorm', 'mlp': 'swiglu', 'position': 'rotary', 'qk_norm': True, 'bias': True},
+    'no positions': {'position': 'none', 'mlp': 'gelu_tanh'},
+}
+
+
+def random_gpt(seed=0, **changes) -> GPT:
+    """A GPT whose greedy continuation is not one token over and over."""
+    model = GPT(replace(TINY, **changes), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty_like(p).normal_(0.0, 0.25, generator=generator))
+    return model.eval()
+
+
+def tokens(B=2, T=6, seed=1):
+    return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model, ids, n=12, **options):
+    return model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=0, **options)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """folder and GPT of each kind, exported once."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder, model = tmp_path_factory.mktemp('exported'), random_gpt(**KINDS[kind])
+            hf.export(model, None, folder)
+            made[kind] = folder, model
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_exported_and_loaded_it_is_the_same_model(exported, kind):
+    folder, model = exported(kind)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(loaded) is ReflexForCausalLM and loaded.config.vocab_size == 50
+    ids = tokens(2, 32)
+    with torch.no_grad():
+        wanted = model(ids)[0][..., :50]  # padding rows are gone
+        out = loaded(ids, labels=ids)
+    assert wanted.std() > 0.3
+    torch.testing.assert_close(out.logits, wanted, rtol=1e-5, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-5)
+    assert loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_generate_gives_the_same_tokens_with_and_without_a_cache(exported, kind):
+    folder, model = exported(kind)
+    loaded = ReflexForCausalLM.from_pretrained(folder).eval()
+    ids = tokens()
+    wanted = model.generate(ids, 12, temperature=0)
+    outs = [
+        greedy(loaded, ids, use_cache=use_cache, output_logits=True, return_dict_in_generate=True)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(outs[0].sequences, wanted) and torch.equal(outs[1].sequences, wanted)
+    cached, full = (torch.stack(out.logits) for out in outs)
+    torch.testing.assert_close(cached, full, rtol=1e-4, atol=1e-4)
+    assert full.std(dim=0).mean() > 0.05  # the context moves the logits
+    for options in ({'do_sample': True, 'top_k': 10}, {'num_beams': 3}, {'num_beams': 2, 'do_sample': True}):
+        drawn = []
+        for use_cache in (True, False):
+            torch.manual_seed(5)
+            drawn.append(
+                loaded.generate(ids, max_new_tokens=12, use_cache=use_cache, pad_token_id=0, **options)
+            )
+        assert torch.equal(*drawn), options
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_left_padding_changes_nothing(exported, kind):
+    loaded = ReflexForCausalLM.from_pretrained(exported(kind)[0]).eval()
+    prompts = [tokens(1, T, seed=T) for T in (3, 7, 5)]
+    batch = torch.cat([torch.nn.functional.pad(p, (7 - p.size(1), 0), value=9) for p in prompts])
+    mask = torch.stack([torch.arange(7) >= 7 - p.size(1) for p in prompts]).long()
+    for options in ({}, {'use_cache': False}, {'num_beams': 3}):
+        together = greedy(loaded, batch, attention_mask=mask, **options)
+        for row, prompt in zip(together, prompts, strict=True):
+            assert torch.equal(row[7:], greedy(loaded, prompt, **options)[0, prompt.size(1) :]), options
+    with torch.no_grad():  # the other side: padding after the text
+        right = torch.cat([torch.nn.functional.pad(p, (0, 7 - p.size(1)), value=9) for p in prompts])
+        logits = loaded(right, attention_mask=mask.flip(1)).logits
+        for row, prompt in zip(logits, prompts, strict=True):
+            alone = loaded(prompt).logits[0]
+            torch.testing.assert_close(row[: prompt.size(1)], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_stands_in_the_padding_does_not_matter_in_training(kind):
+    config = config_of(replace(TINY, **KINDS[kind]))
+    model = ReflexForCausalLM(ReflexConfig(**config))
+    weights = {**random_gpt(**KINDS[kind]).state_dict(), '_extra_state': model.gpt.get_extra_state()}
+    model.gpt.load_state_dict(weights)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    losses, grads = [], []
+    for filler in (9, 33):
+        ids = torch.tensor([[9, 9, 1, 2, 3], [4, 5, 6, 7, 8], [9, 3, 2, 1, 4]]).masked_fill(mask == 0, filler)
+        model.zero_grad()
+        # a label is predicted from the place before it: the first real one would be, from padding
+        before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+        labels = ids.masked_fill((mask == 0) | (before == 0), -100)
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*losses)
+    for name, grad in grads[0].items():
+        assert torch.isfinite(grad).all(), name
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def config_of(config: GPTConfig) -> dict:
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name != 'vocab_used'}
+
+
+def test_the_config_is_gptconfig_and_checks_like_it():
+    ours = {f.name: f.default for f in fields(GPTConfig) if f.name != 'vocab_used'}
+    theirs = {f.name: f.default for f in fields(ReflexConfig) if f.default is not MISSING}
+    assert {name: theirs.get(name) for name in ours} == ours, (
+        'a field of GPTConfig is not one of ReflexConfig'
+    )
+    named = ReflexConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, n_positions=16)
+    assert (named.n_embd, named.n_layer, named.n_head, named.block_size) == (64, 2, 4, 16)
+    assert named.max_position_embeddings == 16 and named.hidden_size == 64
+    with pytest.raises(Exception, match="head_split='4-2-2' adds up to 8 heads, but n_head=4"):
+        ReflexConfig(n_head=4, attention='reflex')
+    with pytest.raises(Exception, match='tie_word_embeddings=False'):
+        ReflexConfig(tie_word_embeddings=False)
+
+
+def test_a_new_model_starts_as_gpt_does():
+    """GPT's own initialisation survives: no other reaches it."""
+    torch.manual_seed(3)
+    model = ReflexForCausalLM(ReflexConfig(**config_of(TINY)))
+    torch.manual_seed(3)
+    plain = GPT(replace(TINY, vocab_used=0))
+    for (name, p), (_, q) in zip(model.gpt.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'attention': 'vanilla'}, {'position': 'rotary'}, {'position': 'none'}, {'norm': 'rmsnorm'}],
+    ids=str,
+)
+def test_weights_do_not_load_into_another_model(exported, change):
+    with pytest.raises(ValueError, match='another attention plan or kind of block'):
+        ReflexForCausalLM.from_pretrained(exported('reflex')[0], **change)
+
+
+def test_missing_weights_are_refused(exported, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = ReflexForCausalLM.from_pretrained(exported('lime')[0])
+    for lost in ('gpt.transformer.h.1.attn.router', 'gpt.transformer.h.0.mlp.c_fc.weight'):
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / 'model.safetensors')
+        del weights[lost]
+        save_file(weights, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+        with pytest.raises(
+            ValueError, match=f'{lost.split(".", 1)[1].rpartition(".")[0]} is not in the weights'
+        ):
+            ReflexForCausalLM.from_pretrained(tmp_path)
+
+
+def test_bf16_and_more_tokens(exported):
+    half = ReflexForCausalLM.from_pretrained(exported('modern')[0], dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert greedy(half, tokens()).shape == (2, 18)
+    model = ReflexForCausalLM.from_pretrained(exported('reflex')[0])
+    before = model(tokens()).logits
+    model.resize_token_embeddings(53)
+    assert model.config.vocab_size == 53 and model.gpt.lm_head.weight is model.gpt.transformer.wte.weight
+    torch.testing.assert_close(model(tokens()).logits[..., :50], before)
+
+
+def test_what_is_not_offered_says_so(exported):
+    model = ReflexForCausalLM.from_pretrained(exported('reflex')[0])
+    with pytest.raises(ValueError, match='output_attentions is not offered'):
+        model(tokens(), output_attentions=True)
+    with pytest.raises(ValueError, match='past_key_values is a DynamicCache'):
+        model(tokens(), past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match='33 tokens do not fit block_size=32'):
+        model(tokens(1, 33))
+    with pytest.raises(ValueError, match='attention_mask has 4 dimensions'):
+        model(tokens(), attention_mask=torch.ones(2, 1, 6, 6))
+    cache = ReflexCache(model, 2)
+    for method in (cache.crop, cache.update, cache.reset):
+        with pytest.raises(NotImplementedError):
+            method(1)
+    model(tokens(), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 6 and cache.get_max_length() == 32
+    cache.batch_repeat_interleave(2)
+    assert model(tokens(4, 1), past_key_values=cache).logits.shape == (4, 1, 50)
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path):
+    text = torch.arange(400) * 3 % 50
+    rows = [{'input_ids': row, 'labels': row} for row in text.split(20)]
+
+    def trainer(**changes):
+        torch.manual_seed(0)
+        settings = {
+            'output_dir': str(tmp_path),
+            'per_device_train_batch_size': 4,
+            'learning_rate': 1e-2,
+            'logging_steps': 5,
+            'max_steps': 20,
+            'save_steps': 10,
+            'eval_strategy': 'steps',
+            'eval_steps': 10,
+            'report_to': [],
+            'use_cpu': True,
+            'disable_tqdm': True,
+        }
+        return transformers.Trainer(
+            ReflexForCausalLM(ReflexConfig(**config_of(TINY))),
+            transformers.TrainingArguments(**{**settings, **changes}),
+            train_dataset=rows,
+            eval_dataset=rows[:4],
+        )
+
+    first = trainer()
+    first.train()
+    losses = [entry['loss'] for entry in first.state.log_history if 'loss' in entry]
+    assert losses[-1] < losses[0] - 1
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / 'checkpoint-10'))
+    ends = [{n: p.detach() for n, p in t.model.named_parameters()} for t in (first, again)]
+    for name, p in ends[0].items():
+        torch.testing.assert_close(ends[1][name], p, rtol=1e-4, atol=1e-5)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'checkpoint-20').eval()
+    first.model.eval()
+    torch.testing.assert_close(saved(tokens()).logits, first.model(tokens()).logits)
+
+
+def test_the_folder_loads_where_this_project_is_not(exported, tmp_path):
+    """In another process, from another folder, by the code in the exported folder alone; and saves again."""
+    folder, model = exported('modern')
+    ids = tokens()
+    code = f"""
+import sys, torch, transformers
+load = transformers.AutoModelForCausalLM.from_pretrained
+model = load({str(folder)!r}, trust_remote_code=True).eval()  # a folder that this test wrote
+assert not {{'hf', 'model', 'plans', 'modeling_reflex'}} & sys.modules.keys()
+model.save_pretrained('again')
+again = load('again', trust_remote_code=True).eval()
+ids = torch.tensor({ids.tolist()})
+for m in (model, again):
+    print(m.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0).tolist())
+"""
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    env |= {'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '1'}
+    run = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    wanted = model.generate(ids, 12, temperature=0).tolist()
+    assert run.stdout.splitlines() == [str(wanted)] * 2
+
+
+def test_one_file_refuses_two_meanings_of_a_name(tmp_path):
+    (tmp_path / 'a.py').write_text('from b import f\n\n\ndef g():\n    return f()\n', encoding='utf-8')
+    (tmp_path / 'b.py').write_text('def f():\n    return 1\n', encoding='utf-8')
+    joined = one_file(tmp_path / 'a.py')
+    space = {}
+    exec(joined, space)
+    assert space['g']() == 1 and 'import f' not in joined
+    (tmp_path / 'b.py').write_text('def f():\n    return 1\n\n\ng = 2\n', encoding='utf-8')
+    with pytest.raises(ValueError, match=r'g is defined in b.py and in a.py'):
+        one_file(tmp_path / 'a.py')
+
+
+@pytest.mark.parametrize('mlp', ['gelu', 'gelu_tanh'])
+@pytest.mark.parametrize('bias', [False, True])
+def test_vanilla_is_exported_as_a_plain_gpt2(mlp, bias, tmp_path):
+    model = random_gpt(attention='vanilla', mlp=mlp, bias=bias)
+    hf.export(model, None, tmp_path, as_gpt2=True)
+    assert not list(tmp_path.glob('*.py'))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is transformers.GPT2LMHeadModel
+    ids = tokens(2, 32)
+    with torch.no_grad():
+        wanted = model(ids)[0][..., :50]
+        torch.testing.assert_close(loaded(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(greedy(loaded, tokens()), model.generate(tokens(), 12, temperature=0))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'attention': 'reflex'}, {'norm': 'rmsnorm'}, {'mlp': 'swiglu'}, {'position': 'rotary'}],
+    ids=str,
+)
+def test_what_is_no_gpt2_is_not_exported_as_one(change, tmp_path):
+    name = next(iter(change))
+    with pytest.raises(hf.ExportError, match=f'{name}=.* is not GPT-2'):
+        hf.export(random_gpt(**{'attention': 'vanilla', **change}), None, tmp_path, as_gpt2=True)
+
+
+TOKENIZERS = [Bytes(), Chars('abcdefghij \n'), train_bpe(['the quick brown fox, Ёжик в тумане ' * 9], 290)]
+
+
+@pytest.mark.parametrize('tokenizer', TOKENIZERS, ids=lambda t: t.kind)
+def test_tokenizers_give_the_same_ids(tokenizer, tmp_path):
+    hf.export(random_gpt(vocab_size=320, vocab_used=tokenizer.vocab_size), tokenizer, tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = 'bad face\nbeg' if tokenizer.kind == 'chars' else 'the quick  brown\n\tfox, Ёжик 日本 <|x|>'
+    assert loaded(text)['input_ids'] == tokenizer.encode(text)
+    assert loaded.decode(tokenizer.encode(text)) == text
+    assert loaded.eos_token_id == tokenizer.eot
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.eos_token_id == tokenizer.eot
+    assert model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_gpt2s_encoding_is_converted(gpt2_encoding, shared, tmp_path):
+    converted = hf.convert_tokenizer(gpt2_encoding, 1024)
+    text = (shared / 'data' / 'tinyshakespeare.txt').read_text(encoding='utf-8')[
+        :20000
+    ] + ' 日本 🙂  naïve\n\n\t1234567'
+    assert converted.backend_tokenizer.encode(text).ids == gpt2_encoding.encode(text)
+    assert converted.eos_token_id == 50256 and len(converted) == 50257
+
+
+@pytest.fixture
+def gpt2_encoding(shared, tmp_path, monkeypatch):
+    cache = shutil.copytree(shared / 'tiktoken_cache', tmp_path / 'cache')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(cache))
+    return Tiktoken('gpt2')
+
+
+def test_the_program_exports_a_run(tmp_path, capsys):
+    model, tokenizer = random_gpt(vocab_size=320, vocab_used=257), Bytes()
+    state = {
+        'model': model.state_dict(),
+        'model_args': asdict(model.config),
+        'tokenizer': tokenizer.spec,
+        'iter': 1,
+    }
+    (tmp_path / 'run').mkdir()
+    checkpoint.save(state, tmp_path / 'run')
+    assert hf.main([f'--out_dir={tmp_path / "run"}', f'--to={tmp_path / "to"}']) == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'to')
+    text = transformers.AutoTokenizer.from_pretrained(tmp_path / 'to')('hello', return_tensors='pt')
+    assert torch.equal(
+        greedy(loaded, text['input_ids'], eos_token_id=None),
+        model.generate(torch.tensor([tokenizer.encode('hello')]), 12, temperature=0),
+    )
+
+
+def test_without_transformers_one_line_says_what_to_install(root, tmp_path):
+    (tmp_path / 'transformers.py').write_text(
+        "raise ModuleNotFoundError(name='transformers')", encoding='utf-8'
+    )
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    command = [sys.executable, str(root / 'hf.py'), '--help']
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == 'hf.py needs transformers: pip install -r requirements-extras.txt\n'
