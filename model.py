@@ -4,29 +4,30 @@ The boundary that every attention keeps:  y = attention(x, memory, cache)
 
     x       (B, T, n_embd), the normalised residual stream
     memory  what the layers of one forward pass share (`Memory`): memory.published has one entry per earlier
-            layer, what that layer chose to publish (here its keys and values); the attention reads it and
-            appends its own entry. memory.rotate puts positions into queries and keys where they are rotary.
+            layer of the head plan, what that layer chose to publish (its keys and values); the attention
+            reads it and appends its own entry. memory.rotate puts rotary positions into queries and keys.
             memory.real, memory.mask: which tokens of a batch of padded sequences are padding: no attention
             may let them count.
     cache   this layer's state from earlier tokens, made by attention.new_cache(); None without generation.
             Its select(rows) keeps those sequences of the batch, in that order (beam search).
     y       (B, T, n_embd), to be added to the residual stream
 
-Which heads read which layer is data (plans.py); norms, MLPs and positions are classes that a config names
-(NORMS, MLPS, POSITIONS). Dimensions: B batch, T time, C n_embd.
+Which heads read which layer is data (plans.py); additive attention is in leap.py; norms, MLPs and positions
+are classes that a config names (NORMS, MLPS, POSITIONS). Dimensions: B batch, T time, C n_embd.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from leap import WINDOWED, layer_windows
 from loss import linear_cross_entropy
 from plans import PLANS, HeadPlan
 
@@ -43,8 +44,9 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False  # biases in linear layers and layernorms (an rmsnorm has none)
-    attention: str = 'vanilla'  # a plan of plans.py
+    attention: str = 'vanilla'  # a plan of plans.py, additive or leap; by layer: 'leap*4 reflex*2'
     head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, 1, 2, …; '8/4-2-2' = keys/values apart
+    windows: str = 'auto'  # additive, leap: auto (4, 8, … global) | global | by layer, '4-8-16-32-64-0'
     norm: str = 'layernorm'  # layernorm | rmsnorm, before each half of a block and before the head
     mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
     position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
@@ -64,7 +66,7 @@ class GPTConfig:
             raise ValueError(
                 f'vocab_used={self.vocab_used}: must be between 0 and vocab_size={self.vocab_size}'
             )
-        choices = {'attention': PLANS, 'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}
+        choices = {'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown: one of {", ".join(known)}')
@@ -73,15 +75,55 @@ class GPTConfig:
                 f"position='rotary' turns pairs of numbers, but n_embd={self.n_embd} / n_head={self.n_head} "
                 f'gives heads of {self.head_size}: choose an even head size'
             )
-        self.head_plan()
+        layer_windows(self.windows, self.n_layer)
+        kinds = set(self.layer_kinds())
+        if not kinds <= WINDOWED.keys():
+            self.head_plan()
+        if 'additive' in kinds and self.position == 'rotary':
+            raise ValueError(
+                "attention='additive' forms no product of query and key that position='rotary' could turn: "
+                "use 'learned' or 'none'"
+            )
+        if kinds & WINDOWED.keys() and self.qk_norm:
+            raise ValueError(f'qk_norm=True: attention={self.attention!r} has no scores for it to tame')
 
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
+    def layer_kinds(self) -> list[str]:
+        """The attention of every layer, a name of PLANS or WINDOWED; ValueError where they do not add up."""
+        kinds, words = [], self.attention.split()
+        for word in words:
+            name, star, count = word.partition('*')
+            if name not in PLANS and name not in WINDOWED:
+                known = ', '.join([*PLANS, *WINDOWED])
+                raise ValueError(f'attention={self.attention!r}: {name!r} is unknown, one of {known}')
+            if star and not count.isdecimal():
+                raise ValueError(f"attention={self.attention!r}: write counts as in 'leap*4 reflex*2'")
+            kinds += [name] * (int(count) if star else self.n_layer if len(words) == 1 else 1)
+        if len(kinds) != self.n_layer:
+            raise ValueError(
+                f'attention={self.attention!r} speaks of {len(kinds)} layers, but n_layer={self.n_layer}'
+            )
+        return kinds
+
     def head_plan(self) -> HeadPlan:
-        """The checked plan of `attention`; ValueError with the numbers where it does not fit."""
-        return HeadPlan(PLANS[self.attention](self), self.n_head)
+        """The checked plan of the layers that follow one, as if they were alone; ValueError with the numbers
+        where it does not fit, or where there is none."""
+        planned = [kind for kind in self.layer_kinds() if kind not in WINDOWED]
+        if len(set(planned)) != 1:
+            raise ValueError(f'attention={self.attention!r} names {len(set(planned))} head plans: name one')
+        config = self
+        if len(planned) < self.n_layer:
+            config = replace(self, attention=planned[0], n_layer=len(planned), windows='auto')
+        return HeadPlan(PLANS[planned[0]](config), self.n_head)
+
+    def context_limit(self) -> float:
+        """The most tokens a context can have: endless where positions are no table and nothing is kept of
+        single tokens."""
+        endless = self.position != 'learned' and set(self.layer_kinds()) <= WINDOWED.keys()
+        return math.inf if endless else self.block_size
 
 
 class RMSNorm(nn.RMSNorm):
@@ -206,6 +248,8 @@ class HeadPlanAttention(nn.Module):
     (key pieces, value pieces): its produced heads, cut where readers need them; keys normed and rotated.
     """
 
+    backward_flops = 2  # of the backward pass, for one of flops_per_token
+
     def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
         super().__init__()
         n_head = config.n_head
@@ -272,6 +316,10 @@ class HeadPlanAttention(nn.Module):
 
     def cache_bytes_per_token(self, itemsize: int) -> int:
         return (self.n_key + self.n_value) * self.head_size * itemsize
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of generation state that does not grow with the tokens."""
+        return 0
 
     def flops_per_token(self, T: int) -> int:
         """Forward FLOPs per token beyond the linear layers: q·k and weights·v over all T positions."""
@@ -362,6 +410,21 @@ MIXERS = {
 }
 
 
+def make_attentions(config: GPTConfig) -> list[nn.Module]:
+    """The attention of every layer. A head plan counts only the layers that follow it."""
+    kinds = config.layer_kinds()
+    plan = None if set(kinds) <= WINDOWED.keys() else config.head_plan()
+    attentions, planned = [], 0
+    for kind, window in zip(kinds, layer_windows(config.windows, config.n_layer), strict=True):
+        if kind in WINDOWED:
+            attentions.append(WINDOWED[kind](config, window))
+            continue
+        attention = MIXERS.get(kind, HeadPlanAttention) if planned else HeadPlanAttention
+        attentions.append(attention(config, plan, planned))
+        planned += 1
+    return attentions
+
+
 class MLP(nn.Module):
     """Two linear layers, 4 n_embd wide between them (GPT-2)."""
 
@@ -437,11 +500,8 @@ class GPT(nn.Module):
         """seed: of the initial weights; None draws one from torch's global generator (torch.manual_seed)."""
         super().__init__()
         self.config = config
-        plan = config.head_plan()
-        later = MIXERS.get(config.attention, HeadPlanAttention)
-        attentions = [
-            (later if layer else HeadPlanAttention)(config, plan, layer) for layer in range(config.n_layer)
-        ]
+        attentions = make_attentions(config)
+        self.context_limit = config.context_limit()
         self.transformer = nn.ModuleDict(
             {
                 'wte': nn.Embedding(config.vocab_size, config.n_embd),
@@ -505,7 +565,7 @@ class GPT(nn.Module):
         """
         _, T = idx.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
+        if start + T > self.context_limit:
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
@@ -541,16 +601,24 @@ class GPT(nn.Module):
 
         Every multiply-add of the matrix products counts 2, heads that are not projected count nothing, and
         attention counts the full T x T square, which is the convention of MFU (PaLM, appendix B) and of
-        torch's FlopCounterMode. The backward pass is twice the forward pass; recomputation does not count.
+        torch's FlopCounterMode. The backward pass is twice the forward pass (of additive attention's means,
+        once); recomputation does not count.
         """
         T = T or self.config.block_size
-        forward = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        forward += sum(block.attn.flops_per_token(T) for block in self.transformer.h)
-        return 3 * forward if backward else forward
+        total = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) * (
+            1 + 2 * backward
+        )
+        for attn in (block.attn for block in self.transformer.h):
+            total += attn.flops_per_token(T) * (1 + attn.backward_flops * backward)
+        return total
 
     def cache_bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes of generation state that one more token of one sequence costs (itemsize 2: bf16)."""
         return sum(block.attn.cache_bytes_per_token(itemsize) for block in self.transformer.h)
+
+    def state_bytes(self, itemsize: int = 2) -> int:
+        """Bytes of generation state of one sequence that stay the same however many tokens it has."""
+        return sum(block.attn.state_bytes(itemsize) for block in self.transformer.h)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
         """AdamW, fused where the device has it; matrices decay, biases and norms do not."""
@@ -576,7 +644,7 @@ class GPT(nn.Module):
         """Yield the next token (B, 1), max_new_tokens times, after the prompt idx (B, T >= 1).
 
         temperature 0 is greedy. Ids of padding rows (from vocab_used on) are never drawn. generator: of the
-        draws; None is torch's global one. When the context outgrows block_size (the positions trained), the
+        draws; None is torch's global one. When the context outgrows block_size (if that is its limit), the
         last block_size // 2 tokens are kept and read again: the cost per token stays bounded, and tokens are
         the same with and without the cache.
         """
@@ -588,7 +656,7 @@ class GPT(nn.Module):
         try:
             context, fresh, cache = idx, idx, None
             for _ in range(max_new_tokens):
-                if context.size(1) > block_size:
+                if context.size(1) > self.context_limit:
                     context = context[:, -max(1, block_size // 2) :]
                     fresh, cache = context, None
                 if use_cache and cache is None:

@@ -78,8 +78,9 @@ class Knobs:
     n_embd: int = 768  # width of the residual stream, a multiple of n_head
     dropout: float = 0.0  # on embeddings, attention weights and the outputs of attention and MLP
     bias: bool = False  # biases in linear layers and norms
-    attention: str = 'vanilla'  # a plan of plans.py: vanilla | reflex | reflex_all | first | cla | lime | …
+    attention: str = 'vanilla'  # vanilla | reflex | leap | … (plans.py, leap.py), by layer 'leap*4 reflex*2'
     head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, 1, 2, …; '8/4-2-2' = keys/values apart
+    windows: str = 'auto'  # additive, leap: auto | global | tokens per layer, '4-8-16-32-64-0' (0: global)
     norm: str = 'layernorm'  # layernorm | rmsnorm
     mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
     position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
@@ -459,6 +460,7 @@ def main(argv: list[str]) -> int:
                 'params_total': model.num_params(non_embedding=False),
                 'flops_per_token': flops_per_token,
                 'cache_bytes_per_token': model.cache_bytes_per_token(),
+                'state_bytes': model.state_bytes(),
                 'kv_heads': [list(block.attn.heads_produced()) for block in model.transformer.h],
                 'vocab_size': vocab_size,
             },

@@ -1,0 +1,153 @@
+"""Additive attention: no token-by-token scores, but softmax-weighted running means; linear in the length.
+
+Each token has one logit per head, and the tokens of a window are summarised by their weighted mean
+(windowed_mean.py). `additive` is Fastformer (Wu et al., 2021), made causal and given windows; `leap` is its
+later form. Both keep model.py's boundary  y = attention(x, memory, cache)  and publish nothing to `memory`.
+In generation they are recurrences: the state of a layer does not grow with the tokens seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+
+from windowed_mean import RunningMean, mean_flops, state_bytes, widen, windowed_mean
+
+
+def layer_windows(windows: str, n_layer: int) -> list[int]:
+    """'auto' | 'global' | '4-8-16-32-64-0' -> the window of every layer, in tokens; 0 is global.
+
+    auto: 4 * 2**layer, and the last layer global.
+    """
+    if windows == 'auto':
+        return [4 * 2**layer for layer in range(n_layer - 1)] + [0]
+    if windows == 'global':
+        return [0] * n_layer
+    parts = windows.split('-')
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"windows={windows!r}: write 'auto', 'global' or one number of tokens per layer joined by '-', "
+            "such as '4-8-16-32-64-0' (0 is global)"
+        )
+    if len(parts) != n_layer:
+        raise ValueError(f'windows={windows!r} names {len(parts)} windows, but n_layer={n_layer}')
+    return [int(part) for part in parts]
+
+
+class Mean(nn.Module):
+    """windowed_mean with its window. A module, so that a hook can see the logits: explain.py draws them."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.window = window
+
+    def forward(self, logits, vectors, past: RunningMean | None = None):
+        """logits (B, n_head, T), vectors (B, n_head, T, d) -> (B, n_head, T, d); past: in generation."""
+        if past is not None:
+            return past.mean(logits, vectors)
+        return windowed_mean(logits, vectors, self.window)
+
+
+class WindowedAttention(nn.Module):
+    """What the two attentions share: how much they project, what they hold and what they cost."""
+
+    name: str
+    projections: int  # of the residual stream
+    means: tuple[int, ...]  # sizes of the vectors that are averaged, in heads
+    backward_flops = 1  # the backward pass of a mean is one more mean
+
+    def __init__(self, config, window: int):
+        super().__init__()
+        self.n_head, self.head_size, self.window = config.n_head, config.head_size, window
+        self.c_attn = nn.Linear(config.n_embd, self.projections * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.mean = nn.ModuleList(Mean(window) for _ in self.means)
+
+    def project(self, x):
+        """x (B, T, C) -> the projections, (B, n_head, T, head_size) each."""
+        B, T, _ = x.shape
+        y = self.c_attn(x).view(B, T, self.n_head, self.projections, self.head_size)
+        return y.permute(3, 0, 2, 1, 4)  # (projections, B, n_head, T, hs)
+
+    def dot(self, a, b):
+        """Scaled products of (…, hs) with (…, hs), in fp32 whatever they are."""
+        return (widen(a) * widen(b)).sum(-1) / math.sqrt(self.head_size)
+
+    def output(self, y):
+        """y (B, n_head, T, hs) -> (B, T, C)"""
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    def new_cache(self, B, max_len, device, dtype) -> list[RunningMean]:
+        """Empty state for generation, of any number of tokens; it takes its shapes from the first."""
+        return [RunningMean(self.window) for _ in self.means]
+
+    def heads_produced(self) -> tuple[int, int]:
+        """How many key and value heads this layer projects."""
+        return self.n_head, self.n_head
+
+    def cache_bytes_per_token(self, itemsize: int) -> int:
+        """0: the state does not grow. Its size is `state_bytes`."""
+        return 0
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of this layer's whole state for one sequence, once a window's tokens have been seen."""
+        widths = [heads * self.head_size for heads in self.means]
+        return self.n_head * sum(state_bytes(self.window, width, itemsize) for width in widths)
+
+    def flops_per_token(self, T: int) -> float:
+        """Forward FLOPs per token of the matrix products in the means, over a sequence of T tokens; the
+        elementwise products around them do not count, as with all attentions."""
+        widths = [heads * self.head_size for heads in self.means]
+        return self.n_head * sum(mean_flops(T, self.window, width) for width in widths) / T
+
+    def describe(self) -> str:
+        return f'{self.name} ' + (f'window {self.window}' if self.window else 'global')
+
+
+class AdditiveAttention(WindowedAttention):
+    """Causal Fastformer (Wu et al., 2021, arXiv:2108.09084), per head:
+
+    Q = mean(w_q . q, q); p = Q * k; K = mean(w_k . p, p); y = c_proj(K * v) + q, logits over sqrt(head_size).
+    """
+
+    name = 'additive'
+    projections = 3
+    means = (1, 1)
+
+    def __init__(self, config, window: int):
+        super().__init__(config, window)
+        # zero: every mean starts as the plain one
+        self.w_q = nn.Parameter(torch.zeros(config.n_head, 1, config.head_size))
+        self.w_k = nn.Parameter(torch.zeros(config.n_head, 1, config.head_size))
+
+    def forward(self, x, memory, cache: list[RunningMean] | None = None):
+        q, k, v = self.project(x)  # (B, n_head, T, hs) each
+        of_q, of_p = cache or (None, None)
+        p = self.mean[0](self.dot(self.w_q, q), q, of_q) * k
+        u = self.mean[1](self.dot(self.w_k, p), p, of_p) * v
+        return self.output(u)
+
+
+class LeapAttention(WindowedAttention):
+    """LEAP, per head: with the focus logits a = f . k, the means K of k and V of v over the window,
+
+    y = c_proj(sigmoid(q . K) * V), products over sqrt(head_size). Rotary positions turn q and the k averaged.
+    """
+
+    name = 'leap'
+    projections = 4
+    means = (2,)  # k and v of a head, side by side: one mean takes both
+
+    def forward(self, x, memory, cache: list[RunningMean] | None = None):
+        q, f, k, v = self.project(x)  # (B, n_head, T, hs) each
+        a = self.dot(f, k)  # (B, n_head, T)
+        kv = torch.cat([memory.rotate(k), v], dim=-1)  # (B, n_head, T, 2 * hs)
+        K, V = self.mean[0](a, kv, cache and cache[0]).chunk(2, dim=-1)
+        gate = torch.sigmoid(self.dot(memory.rotate(q), K)).unsqueeze(-1)
+        return self.output(gate.type_as(V) * V)
+
+
+WINDOWED = {'additive': AdditiveAttention, 'leap': LeapAttention}

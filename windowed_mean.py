@@ -1,0 +1,212 @@
+"""The causal windowed weighted mean: linear in the length, without a subtraction that could cancel.
+
+    mean_i = sum_l exp(a_l) x_l / sum_l exp(a_l),    l from max(0, i - window + 1) to i
+
+Every sum is kept as a pair (m, s), worth exp(m) s, with m the largest logit in it: no logit overflows. Time
+is cut into chunks of CHUNK tokens. A window is the tail of one chunk, whole chunks, and the head of the chunk
+that i is in: head and tail are masked matrix products of a chunk by a chunk, and the whole chunks are the
+same problem again, on one sum per chunk and a window counted in chunks. That is the suffix and prefix of
+van Herk (1992) and Gil and Werman (1993) with chunks of fixed size, and the rescaling of online softmax
+(Milakov and Gimelshein, 2018). Work per token depends on neither the window nor the length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.nn import functional as F
+
+CHUNK = 16  # tokens; 8 and 32 are no faster on a CPU
+NEVER = -1e30  # the logit of what is not there; finite, because inf - inf is not a number
+FLOOR = -80.0  # exp of less is slow on CPUs (denormal numbers) and far below what fp32 adds to 1
+
+
+def windowed_mean(logits, vectors, window: int = 0):
+    """Means of `vectors` with weights exp(logits) over the last `window` tokens, each one's own included.
+
+    logits (..., T), vectors (..., T, d), any float types; window in tokens, 0: all tokens so far. Returns
+    (..., T, d) in the type of `vectors`; sums are fp32 at least, under autocast too. Differentiable once.
+    """
+    if logits.shape != vectors.shape[:-1]:
+        raise ValueError(
+            f'logits {tuple(logits.shape)} and vectors {tuple(vectors.shape)} do not belong together'
+        )
+    if window < 0:
+        raise ValueError(f'window={window}: must be a number of tokens, or 0 for all so far')
+    return WindowedMean.apply(logits, vectors, window)
+
+
+class WindowedMean(torch.autograd.Function):
+    """Backward is the same sum, run backwards in time. Token l has weight exp(a_l - m_i) / s_i in mean i, so
+
+        dx_l = exp(a_l) sum_i exp(-m_i) (g_i / s_i),    i from l to l + window - 1
+
+    and da_l = dx_l . x_l less the same sum over (g_i . mean_i) / s_i. Nothing of size T x CHUNK is saved.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, vectors, window):
+        with without_autocast(logits.device.type):
+            x = with_weight(widen(vectors).movedim(-2, 0))  # (T, ..., d + 1)
+            m, s = window_sums(logits.movedim(-1, 0).to(x.dtype), x, window)
+            weight = s[..., -1:]
+            mean = s[..., :-1] / weight  # (T, ..., d)
+        ctx.save_for_backward(logits, vectors, m, weight, mean)
+        ctx.window = window
+        return mean.movedim(0, -2).to(vectors.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        logits, vectors, m, weight, mean = ctx.saved_tensors
+        with without_autocast(logits.device.type):
+            g = grad.movedim(-2, 0) / weight  # (T, ..., d)
+            g = torch.cat([g, (g * mean).sum(-1, keepdim=True)], dim=-1)
+            m, s = window_sums(-m, g, ctx.window, backwards=True)
+            s *= safe_exp(m.add_(logits.movedim(-1, 0))).unsqueeze(-1)
+            grad_vectors = s[..., :-1].movedim(0, -2)
+            grad_logits = (vectors * grad_vectors).sum(-1) - s[..., -1].movedim(0, -1)
+        return grad_logits.to(logits.dtype), grad_vectors.to(vectors.dtype), None
+
+
+class RunningMean:
+    """`windowed_mean` of tokens that arrive a few at a time: its whole memory does not grow with them.
+
+    It holds the last window - 1 tokens; without a window one entry, the (max, weighted sum, weight) of all so
+    far, which counts as a token whose vector is the sum.
+    """
+
+    def __init__(self, window: int):
+        self.window = window
+        self.logits = self.vectors = None
+
+    @torch.no_grad()
+    def mean(self, logits, vectors):
+        """logits (..., T), vectors (..., T, d), the tokens after those seen -> their means (..., T, d)."""
+        T, window, kind = logits.size(-1), self.window, vectors.dtype
+        logits = widen(logits)
+        if window == 0:
+            vectors = with_weight(widen(vectors))
+        if self.logits is not None:
+            logits = torch.cat([self.logits, logits], dim=-1)
+            vectors = torch.cat([self.vectors, vectors], dim=-2)
+        if window:
+            keep = max(0, logits.size(-1) - window + 1)
+            self.logits, self.vectors = logits[..., keep:].clone(), vectors[..., keep:, :].clone()
+            vectors = with_weight(widen(vectors))
+        with without_autocast(logits.device.type):
+            if T == 1:  # the last mean is one sum over everything held
+                m, s = total(logits, vectors)
+                m, s = m.unsqueeze(-1), s.unsqueeze(-2)  # (..., 1), (..., 1, d + 1)
+            else:
+                m, s = window_sums(logits.movedim(-1, 0), vectors.movedim(-2, 0), window)
+                m, s = m[-T:].movedim(0, -1), s[-T:].movedim(0, -2)
+        if window == 0:
+            self.logits, self.vectors = m[..., -1:].clone(), s[..., -1:, :].clone()
+        return (s[..., :-1] / s[..., -1:]).to(kind)
+
+
+def state_bytes(window: int, width: int, itemsize: int) -> int:
+    """Bytes that a RunningMean of vectors (width,) of itemsize bytes holds, for one sequence and head."""
+    return (window - 1) * (width * itemsize + 4) if window else 4 * (width + 2)
+
+
+def widen(x):
+    """x in fp32, or as it is if wider: no sum is kept in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(device_type: str):
+    """Inside, matrix products keep the type of their factors."""
+    known = torch.amp.is_autocast_available(device_type)  # not on meta
+    return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
+
+
+def with_weight(x):
+    """(..., d) -> (..., d + 1): a vector and its weight, 1, so that one product sums both."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def safe_exp(z):
+    """exp in place of z <= 0."""
+    return z.clamp_(min=FLOOR).exp_()
+
+
+def total(a, x):
+    """Sum of all: a (..., c), x (..., c, e) -> m (...), s (..., e), worth exp(m) s."""
+    m = a.amax(-1)
+    return m, (safe_exp(a - m.unsqueeze(-1)).unsqueeze(-2) @ x).squeeze(-2)
+
+
+def reach(T: int, window: int):
+    """Which chunks a window covers, by how many chunks back: those covered in part, and how many in full
+    (the nearest, from 1 back). T and window in tokens."""
+    if window == 0 or window >= T:
+        return [0], -(-T // CHUNK) - 1
+    n, chunks = -(-T // CHUNK), window // CHUNK
+    parts = {0, chunks, chunks + 1} if window % CHUNK else {0, chunks}
+    return sorted(part for part in parts if part < n), min(chunks, n) - 1
+
+
+def window_sums(a, x, window: int, backwards: bool = False):
+    """Sums over windows, as pairs worth exp(m) s, time first: a (T, ...), x (T, ..., e) -> the same shapes.
+
+    backwards: token i sums over i to i + window - 1 in place of i - window + 1 to i.
+    """
+    T, n = a.size(0), -(-a.size(0) // CHUNK)
+    parts, full = reach(T, window)
+    if n * CHUNK > T:
+        a = F.pad(a, (0, 0) * (a.dim() - 1) + (0, n * CHUNK - T), value=NEVER)
+        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, n * CHUNK - T))
+    shape = a.shape[1:]
+    a = a.unflatten(0, (n, CHUNK)).movedim(1, -1).reshape(n, -1, CHUNK)  # (n, N, c), N = B * n_head
+    x = x.unflatten(0, (n, CHUNK)).movedim(1, -2).reshape(n, -1, CHUNK, x.size(-1))  # (n, N, c, e)
+
+    def ends(back):
+        """Slices over chunks: the ones read, and the ones `back` chunks on that read them."""
+        early, late = slice(0, n - back), slice(back, n)
+        return (late, early) if backwards else (early, late)
+
+    time = torch.arange(CHUNK, device=a.device)
+    age = (
+        time - time.unsqueeze(1) if backwards else time.unsqueeze(1) - time
+    )  # of token j for token i, (c, c)
+    scores, seen = [], []
+    for back in parts:
+        source, target = ends(back)
+        ages = age + back * CHUNK
+        seen.append(((ages >= 0) & (ages < (window or T))).to(a.dtype))
+        scores.append(a[source].unsqueeze(-2) + (1 - seen[-1]) * NEVER)  # (n - back, N, c, c)
+        if back == 0:
+            m = scores[0].amax(-1)  # (n, N, c)
+        else:
+            m[target] = torch.maximum(m[target], scores[-1].amax(-1))
+    if full > 0:
+        source, target = ends(1)
+        whole_m, whole_s = window_sums(*total(a[source], x[source]), full, backwards)  # (n - 1, N), (…, e)
+        m[target] = torch.maximum(m[target], whole_m.unsqueeze(-1))
+    for back, z, see in zip(parts, scores, seen, strict=True):
+        source, target = ends(back)
+        p = safe_exp(z.sub_(m[target].unsqueeze(-1))).mul_(see)  # an unseen token's weight is exactly 0
+        if back == 0:
+            s = p @ x  # (n, N, c, e)
+        else:
+            s[target] += p @ x[source]
+    if full > 0:
+        source, target = ends(1)
+        carried = safe_exp(whole_m.unsqueeze(-1) - m[target])  # (n - 1, N, c)
+        s[target].addcmul_(carried.unsqueeze(-1), whole_s.unsqueeze(-2))
+    m = m.movedim(-1, 1).flatten(0, 1)[:T].unflatten(1, shape)  # (T, ...)
+    s = s.movedim(-2, 1).flatten(0, 1)[:T].unflatten(1, shape)  # (T, ..., e)
+    return m, s
+
+
+def mean_flops(T: int, window: int, width: int) -> int:
+    """FLOPs of the matrix products of one windowed_mean of T vectors (width,), forward; backward as many."""
+    n = -(-T // CHUNK)
+    parts, full = reach(T, window)
+    flops = sum(2 * (n - back) * CHUNK * CHUNK * (width + 1) for back in parts)
+    if full > 0:
+        flops += 2 * (n - 1) * CHUNK * (width + 1) + mean_flops(n - 1, full, width)
+    return flops
