@@ -91,16 +91,21 @@ def chunks(sources, at=(0, 0)):
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(spec_path):
-    return from_spec(json.loads(Path(spec_path).read_text(encoding='utf-8')))
+def stored_tokenizer(spec_path, fingerprint):
+    """The tokenizer of the spec in that file, which is the one with that fingerprint."""
+    spec = json.loads(Path(spec_path).read_text(encoding='utf-8'))
+    return from_spec({**spec, 'fingerprint': fingerprint})
 
 
-def encode_chunk(path, spec_path, pieces, flags, after, begin, end):
+def encode_chunk(path, spec, pieces, flags, after, begin, end):
     """Encodes a chunk to the file `path`: tokens, a row (tokens, bytes, flags) per piece, the position after.
 
-    `begin`, `end`: ids put before and after every document, or None. Returns the bytes of text.
+    - spec: the file and the fingerprint of the tokenizer
+    - begin, end: ids put before and after every document, or None
+
+    Returns the bytes of text.
     """
-    tokenizer = _tokenizer(spec_path)
+    tokenizer = stored_tokenizer(*spec)
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
     arrays, low = [], 0
     while low < len(pieces):
@@ -162,7 +167,7 @@ class Inline(Executor):
         return future
 
 
-def encode_split(folder, sources, spec_path, executor, under_way, bar, begin, end):
+def encode_split(folder, sources, spec, executor, under_way, bar, begin, end):
     """Encodes the chunks of a split that are not there yet to folder/000000.npz and so on -> their paths."""
     folder.mkdir(exist_ok=True)
     done, after = [], (0, 0)
@@ -174,7 +179,7 @@ def encode_split(folder, sources, spec_path, executor, under_way, bar, begin, en
     pending = set()
     for pieces, flags, after_this in chunks(sources, after):
         path = folder / f'{len(done):06d}.npz'
-        arguments = (path, spec_path, pieces, flags, after_this, begin, end)
+        arguments = (path, spec, pieces, flags, after_this, begin, end)
         pending.add(executor.submit(encode_chunk, *arguments))
         done.append(path)
         while len(pending) > under_way:
@@ -395,7 +400,7 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
         print(f'going on with what {work} holds')
     spec_path = work / 'spec.json'
     if tokenizer is None and spec_path.is_file():
-        tokenizer = _tokenizer(str(spec_path))
+        tokenizer = from_spec(json.loads(spec_path.read_text(encoding='utf-8')))
     if tokenizer is None:
         print(f'making the tokenizer {name} from the corpus ...', flush=True)
         tokenizer = fit(name, splits, holdout)
@@ -426,7 +431,14 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     try:
         for split, sources in splits.items():
             done[split] = encode_split(
-                work / split, sources, str(spec_path), executor, under_way, bar, begin_id, end_id
+                work / split,
+                sources,
+                (spec_path, tokenizer.fingerprint),
+                executor,
+                under_way,
+                bar,
+                begin_id,
+                end_id,
             )
         bar.total = bar.n  # the total was an estimate
     except BrokenProcessPool as error:

@@ -7,8 +7,9 @@
 - map: `datasets` reads the text into its Arrow cache, `Dataset.map` encodes into another, a memmap is filled
 - encode: the tokenizer alone, on text in memory, to an array
 
-Every round runs each arm once in a process of its own. Speed is bytes of text per second of CPU time, and of wall
-time; memory is what the arm took at its peak beyond its imports. The token files of the first two are compared.
+Every round runs each arm once, in a process of its own. Speed is bytes of text per second of CPU time, and of
+wall time; memory is what the arm took at its peak beyond its imports. The token files of the first two are
+compared.
 """
 
 import argparse

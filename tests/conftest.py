@@ -1,6 +1,7 @@
 """Tests import the flat modules of the repository root; text in ../shared is used where it is there."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,3 +61,18 @@ def gpt2_folder(tmp_path_factory):
             p.normal_(at, 0.15, generator=generator)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope='session')
+def tiktoken_cache(shared, tmp_path_factory):
+    """A copy of tiktoken's files of the GPT-2 encoding: tiktoken deletes a cached file that it does not
+    like."""
+    folder = tmp_path_factory.mktemp('tiktoken') / 'cache'
+    shutil.copytree(shared / 'tiktoken_cache', folder, copy_function=shutil.copyfile)
+    return folder
+
+
+@pytest.fixture
+def gpt2(tiktoken_cache, monkeypatch):
+    """GPT-2's encoding can be loaded without a network, here and in processes started from here."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))

@@ -1,0 +1,734 @@
+"""Text to token files: every kind of source, the same files however they were made, what a kill leaves."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import corpus
+import sources
+from corpus import Holdout, chunks, prepare
+from sources import ENDS, STARTS, CorpusError, Joined, Records, TextFile, cut, file_source, paths
+from tokendata import DataError, open_data
+from tokenizer import Bytes, Tiktoken, from_spec, train_bpe
+
+DOCUMENTS = [
+    'First document.\nTwo lines.',
+    'Ünïcödé 日本 👍',
+    '',
+    ' spaces  and\ttabs ',
+    '<|endoftext|> as text',
+    'last',
+]
+
+
+def write_jsonl(path, documents, field='text'):
+    lines = [json.dumps({'id': i, field: text}) for i, text in enumerate(documents)]
+    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return str(path)
+
+
+def words(seed, count):
+    """Random text of English letters, digits, punctuation and other scripts."""
+    draw = random.Random(seed)
+    kinds = [
+        'the',
+        'Fox',
+        '12345',
+        "it's",
+        '日本語',
+        'ёжик',
+        '👍🏽',
+        '...',
+        '--',
+        '_x_',
+        '\n',
+        '\n\n',
+        '  ',
+        '\t',
+        '\u00a0',
+        'é',
+    ]
+    return ''.join(draw.choice(kinds) + draw.choice(['', ' ', ' ', '\n']) for _ in range(count))
+
+
+def documents_of(source):
+    """The texts of the documents that a source yields, put together from its pieces."""
+    found = []
+    for piece, flags in source.pieces():
+        if flags & STARTS:
+            found.append(b'')
+        found[-1] += piece
+    return [text.decode('utf-8') for text in found]
+
+
+def decoded(data, split):
+    """The documents in a split of token files that end with the end-of-text token."""
+    tokenizer = from_spec(data.tokenizer_spec)
+    tokens = data.splits[split].tolist()
+    found, document = [], []
+    for token in tokens:
+        if token == tokenizer.eot:
+            found.append(tokenizer.decode(document))
+            document = []
+        else:
+            document.append(token)
+    assert not document
+    return found
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces, chunks and batches so small that a short text has many."""
+    monkeypatch.setattr(sources, 'PIECE', 50)
+    monkeypatch.setattr(corpus, 'CHUNK', 300)
+    monkeypatch.setattr(corpus, 'BATCH', 100)
+
+
+# Sources --------------------------------------------------------------------
+
+
+def test_every_kind_of_records_reads_the_same(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)
+    content = (tmp_path / 'a.jsonl').read_bytes()
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(content))
+    (tmp_path / 'a.jsonl.xz').write_bytes(lzma.compress(content))
+    (tmp_path / 'a.jsonl.bz2').write_bytes(bz2.compress(content))
+    with zipfile.ZipFile(tmp_path / 'a.jsonl.zip', 'w') as archive:
+        archive.writestr('inside.jsonl', content)
+    (tmp_path / 'a.json').write_text(
+        json.dumps([{'text': text} for text in DOCUMENTS], indent=1), encoding='utf-8'
+    )
+    (tmp_path / 'bom.jsonl').write_bytes(b'\xef\xbb\xbf' + content.replace(b'\n', b'\r\n') + b'\r\n\n')
+    pq.write_table(
+        pa.table({'n': range(len(DOCUMENTS)), 'text': DOCUMENTS}), tmp_path / 'a.parquet', row_group_size=2
+    )
+    found = sorted(tmp_path.iterdir())
+    assert len(found) == 8
+    for path in found:
+        assert documents_of(file_source(str(path))) == DOCUMENTS, path.name
+
+
+def test_text_is_one_document_byte_for_byte(tmp_path):
+    text = 'one\r\ntwo\n\nthrée\x00\x1a end'
+    (tmp_path / 'a.txt').write_bytes(text.encode('utf-8'))
+    (tmp_path / 'bom.txt').write_bytes(b'\xef\xbb\xbf' + text.encode('utf-8'))
+    (tmp_path / 'a.txt.xz').write_bytes(lzma.compress(text.encode('utf-8')))
+    for path in tmp_path.iterdir():
+        assert documents_of(file_source(str(path))) == [text], path.name
+
+
+def test_rows_with_fields_that_come_late_or_change_their_type(tmp_path):
+    rows = [{'text': 'a', 'n': 1}] * 3000 + [{'n': 'x', 'extra': {'deep': [1]}, 'text': 'b'}] * 2
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    assert documents_of(Records(str(tmp_path / 'a.jsonl')))[-3:] == ['a', 'b', 'b']
+
+
+def test_a_template_makes_the_text_and_null_is_empty(tmp_path):
+    rows = [{'q': 'why {x}?', 'a': 'because'}, {'q': None, 'a': 'so'}]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    assert documents_of(Records(str(tmp_path / 'a.jsonl'), '{q}\n{a}')) == ['why {x}?\nbecause', '\nso']
+
+
+def test_joined_rows_are_one_document(tmp_path):
+    parts = [
+        Records(write_jsonl(tmp_path / f'{i}.jsonl', ['= A =\n', '', f' text {i}.\n'])) for i in range(2)
+    ]
+    assert documents_of(Joined(tuple(parts))) == ['= A =\n text 0.\n= A =\n text 1.\n']
+
+
+def test_folders_patterns_and_files(tmp_path, capsys):
+    for name in ('b.txt', 'a.md', 'sub/c.jsonl', 'picture.png', '.hidden.txt'):
+        path = tmp_path / 'set' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "x"}', encoding='utf-8')
+    below = [str(tmp_path / 'set' / name) for name in ('a.md', 'b.txt', str(Path('sub') / 'c.jsonl'))]
+    assert paths([tmp_path / 'set']) == below
+    assert '1 of 4 files are neither' in capsys.readouterr().out
+    assert paths([str(tmp_path / 'set' / '*.txt')]) == below[1:2]
+    assert paths([str(tmp_path / 'set' / 'picture.png')]) == [
+        str(tmp_path / 'set' / 'picture.png')
+    ]  # as asked
+    for bad in (tmp_path / 'none', tmp_path / '*.csv'):
+        with pytest.raises(CorpusError, match=r'does not exist|no text in'):
+            paths([bad])
+
+
+@pytest.mark.parametrize('raw', [False, True])
+def test_parts_of_a_text_are_the_text(tmp_path, small, raw):
+    text = words(1, 60)
+    whole = text.encode('utf-8')
+    (tmp_path / 'a.txt').write_bytes(whole)
+    for percent in range(0, 101, 7):
+        at = len(whole) * percent // 100
+        ends = [(0, at), (at, len(whole))]
+        parts = [
+            b''.join(p for p, _ in TextFile(str(tmp_path / 'a.txt'), *end, raw).pieces()) for end in ends
+        ]
+        assert b''.join(parts) == whole
+        assert abs(len(parts[0]) - at) <= (0 if raw else 3)
+        if not raw:
+            [part.decode('utf-8') for part in parts]  # whole characters
+
+
+@pytest.mark.parametrize('suffix', ['txt', 'txt.gz', 'jsonl'])
+def test_reading_takes_little_memory(tmp_path, suffix):
+    line = 'the quick brown fox jumps over the lazy dog\n' * 200
+    opener = gzip.open if suffix.endswith('gz') else open
+    with opener(tmp_path / f'a.{suffix}', 'wt', encoding='utf-8') as file:
+        for _ in range(5000):
+            file.write(json.dumps({'text': line}) + '\n' if suffix == 'jsonl' else line)
+    size = 0
+    tracemalloc.start()
+    for pieces, _, _ in chunks([file_source(str(tmp_path / f'a.{suffix}'))]):
+        size += sum(map(len, pieces))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == 5000 * len(line) > 8 * corpus.CHUNK
+    assert peak < 5 * corpus.CHUNK
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'wanted'),
+    [
+        ('a.txt', b'good\nbad \xe9 latin', 'is not UTF-8: byte 0xe9 at 9'),
+        ('a.txt', 'utf-16'.encode('utf-16'), 'is not UTF-8: byte 0xff at 0'),
+        ('a.txt', b'cut short \xe2\x82', 'is not UTF-8: byte 0xe2 at 10'),
+        ('a.jsonl', b'{"text": "a"}\n{"text": ', 'line 2, is not JSON'),
+        (
+            'a.jsonl',
+            b'{"text": "a"}\n\n{"body": "a", "id": 1}\n',
+            "line 3 has no field 'text', only body, id",
+        ),
+        ('a.jsonl', b'{"text": 7}\n', "line 1: field 'text' is not text but int"),
+        ('a.jsonl', b'["a"]\n', "row 1 has no field 'text', only none"),
+        ('a.jsonl', b'17\n', "line 1 has no field 'text', only none"),
+        ('a.json', b'[{"text": "a"}, ', 'is not JSON'),
+        ('a.parquet', b'PAR1 no', 'cannot be read'),
+        ('a.txt.gz', b'no gzip', 'cannot be read'),
+        ('a.txt.xz', lzma.compress(b'text ' * 1000)[:-40], 'cannot be read'),
+        ('a.txt.zip', b'no zip', 'cannot be read'),
+    ],
+)
+def test_text_that_cannot_be_read_is_one_line(tmp_path, name, content, wanted):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=wanted) as error:
+        list(chunks([file_source(str(tmp_path / name))]))
+    assert '\n' not in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_where_a_wrong_byte_is_in_a_long_text(tmp_path, small):
+    content = ('é' * 99 + ' ').encode('utf-8') * 20
+    (tmp_path / 'a.txt').write_bytes(content + b'\xff' + content)
+    with pytest.raises(CorpusError, match=re.escape(f'byte 0xff at {len(content):,};')):
+        list(TextFile(str(tmp_path / 'a.txt')).pieces())
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.tar.gz', 'a.pdf'])
+def test_formats_that_are_not_read_are_named(name):
+    with pytest.raises(CorpusError, match='is not read here'):
+        file_source(name)
+
+
+def test_a_parquet_column_that_is_missing(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({'body': ['a'], 'n': [1]}), tmp_path / 'a.parquet')
+    with pytest.raises(CorpusError, match="row 1 has no field 'text', only body, n"):
+        list(Records(str(tmp_path / 'a.parquet')).pieces())
+
+
+# Cutting --------------------------------------------------------------------
+
+
+def test_cutting_does_not_change_the_tokens(monkeypatch, gpt2):
+    monkeypatch.setattr(sources, 'PIECE', 150)
+    bpe = train_bpe([words(0, 2000)], 600)
+    for seed in range(30):
+        text = words(seed, 500)
+        pieces = list(cut([text]))
+        assert ''.join(pieces) == text
+        assert max(map(len, pieces)) <= 150
+        for tokenizer in (Tiktoken('gpt2'), bpe):
+            whole = tokenizer.encode(text)
+            assert [i for ids in tokenizer.encode_batch(pieces) for i in ids] == whole, (tokenizer.kind, seed)
+
+
+def test_cutting_depends_on_the_text_alone(monkeypatch):
+    monkeypatch.setattr(sources, 'PIECE', 64)
+    text = words(3, 500)
+    expected = list(cut([text]))
+    assert len(expected) > 10
+    for step in (1, 7, 63, 64, 65, 500):
+        assert list(cut(text[i : i + step] for i in range(0, len(text), step))) == expected
+    assert ''.join(cut(['x' * 1000])) == 'x' * 1000  # no boundary: cut all the same
+    assert list(cut([])) == list(cut([''])) == []
+
+
+# Prepare --------------------------------------------------------------------
+
+
+def test_documents_counts_and_bytes(tmp_path):
+    splits = {
+        'train': [
+            Records(write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)),
+            Records(write_jsonl(tmp_path / 'b.jsonl', ['more'])),
+        ],
+        'val': [Records(write_jsonl(tmp_path / 'c.jsonl', DOCUMENTS[::-1]))],
+        'test': [Records(write_jsonl(tmp_path / 'd.jsonl', ['x', 'y']))],
+    }
+    meta = prepare(tmp_path / 'set', 'bpe:280', splits, num_proc=1)
+    data = open_data(tmp_path / 'set')
+    assert decoded(data, 'train') == [*DOCUMENTS, 'more']
+    assert decoded(data, 'val') == DOCUMENTS[::-1]
+    assert decoded(data, 'test') == ['x', 'y']
+    assert [meta['splits'][s]['documents'] for s in ('train', 'val', 'test')] == [7, 6, 2]
+    assert meta['splits']['train']['bytes'] == sum(len(d.encode('utf-8')) for d in [*DOCUMENTS, 'more'])
+    assert meta['splits']['train']['tokens'] == len(data.splits['train'])
+    assert meta['source']['files']['train'][1] == [
+        str(tmp_path / 'b.jsonl'),
+        (tmp_path / 'b.jsonl').stat().st_size,
+    ]
+    assert sorted(p.name for p in (tmp_path / 'set').iterdir() if p.name[0] != '.') == [
+        'meta.json', 'test.bin', 'tokenizer.json', 'train.bin', 'val.bin',
+    ]  # fmt: skip
+    assert not (tmp_path / 'set' / '.prepare').exists()
+
+
+def test_beginning_and_end_of_documents(tmp_path, small):
+    text = words(5, 60)
+    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [text, '', 'b']))] for s in ('train', 'val')}
+    for begin, end, wanted in (
+        (True, True, '{0}{1}{0}{0}{0}{0}{2}{0}'),
+        (False, True, '{1}{0}{0}{2}{0}'),
+        (False, False, '{1}{2}'),
+    ):
+        prepare(tmp_path / 'set', 'bytes', splits, begin=begin, end=end, num_proc=1)
+        shown = Bytes().decode(open_data(tmp_path / 'set').splits['train'])
+        assert shown == wanted.format('<|endoftext|>', text, 'b')
+
+
+def test_any_bytes_with_the_bytes_tokenizer(tmp_path):
+    content = bytes(range(256)) * 40
+    (tmp_path / 'a.bin').write_bytes(content)
+    source = file_source(str(tmp_path / 'a.bin'), raw=True)
+    prepare(tmp_path / 'set', 'bytes', {'train': [source], 'val': [source]}, end=False, num_proc=1)
+    assert open_data(tmp_path / 'set').splits['train'].astype(np.uint8).tobytes() == content
+
+
+def test_a_large_vocabulary_is_written_as_uint32(tmp_path):
+    characters = [chr(i) for i in range(0x4E00, 0x4E00 + 70000) if not 0xD800 <= i < 0xE000]
+    (tmp_path / 'a.txt').write_text(''.join(characters), encoding='utf-8')
+    source = TextFile(str(tmp_path / 'a.txt'))
+    meta = prepare(tmp_path / 'set', 'chars', {'train': [source], 'val': [source]}, num_proc=1)
+    assert (meta['dtype'], meta['vocab_size']) == ('uint32', len(characters))
+    data = open_data(tmp_path / 'set')
+    assert data.splits['train'].dtype == np.uint32
+    assert from_spec(data.tokenizer_spec).decode(data.splits['val'][-3:]) == ''.join(characters[-3:])
+
+
+def test_gpt2_tokens_are_those_of_the_documents(tmp_path, gpt2, small):
+    texts = [words(i, 40) for i in range(20)]
+    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', texts))] for s in ('train', 'val')}
+    prepare(tmp_path / 'set', 'gpt2', splits, num_proc=1)
+    expected = [i for text in texts for i in [*Tiktoken('gpt2').encode(text), 50256]]
+    assert open_data(tmp_path / 'set').splits['train'].tolist() == expected
+
+
+def test_the_held_out_documents_are_those_of_datasets(tmp_path, small, monkeypatch):
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    from datasets import Dataset
+
+    texts = [f'{i} {words(i, i % 9)}' for i in range(300)]
+    split = Dataset.from_dict({'text': texts}).train_test_split(test_size=0.02, seed=2357, shuffle=True)
+    sources_ = [
+        Records(write_jsonl(tmp_path / f'{i}.jsonl', texts[i * 100 : i * 100 + 100])) for i in range(3)
+    ]
+    meta = prepare(tmp_path / 'set', 'bytes', {'train': sources_}, holdout=Holdout(0.02, 2357), num_proc=1)
+    data = open_data(tmp_path / 'set')
+    assert decoded(data, 'val') == list(split['test']['text'])  # the same documents in the same order
+    held = set(split['test']['text'])
+    assert decoded(data, 'train') == [text for text in texts if text not in held]
+    for name, documents in (('train', split['train']['text']), ('val', split['test']['text'])):
+        assert meta['splits'][name]['documents'] == len(documents)
+        assert meta['splits'][name]['bytes'] == sum(len(text.encode('utf-8')) for text in documents)
+
+
+def test_holding_out_leaves_a_test_split_alone_and_needs_two_documents(tmp_path):
+    texts = Records(write_jsonl(tmp_path / 'a.jsonl', ['a', 'b', 'c']))
+    one = Records(write_jsonl(tmp_path / 'b.jsonl', ['only']))
+    prepare(tmp_path / 'set', 'bytes', {'train': [texts], 'test': [one]}, holdout=Holdout(0.1, 1), num_proc=1)
+    assert decoded(open_data(tmp_path / 'set'), 'test') == ['only']
+    with pytest.raises(CorpusError, match=r'0.1 of 1 document.* --val_files'):
+        prepare(tmp_path / 'one', 'bytes', {'train': [one]}, holdout=Holdout(0.1, 1), num_proc=1)
+
+
+def test_a_bpe_does_not_see_what_is_held_out(tmp_path):
+    texts = ['common words'] * 50
+    for number in Holdout(0.1, 3).documents(50):
+        texts[number] = 'zyzzyva' * 50
+    splits = {'train': [Records(write_jsonl(tmp_path / 'a.jsonl', texts))]}
+    prepare(tmp_path / 'set', 'bpe:300', splits, holdout=Holdout(0.1, 3), num_proc=1)
+    tokenizer = from_spec(open_data(tmp_path / 'set').tokenizer_spec)
+    assert len(tokenizer.encode('words')) < len(tokenizer.encode('zyzzyva')) == len('zyzzyva')
+
+
+def test_the_same_files_however_many_processes(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(corpus, 'SMALL', 0)
+    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(i, 30) for i in range(n)]))]
+              for s, n in (('train', 60), ('val', 10))}  # fmt: skip
+    metas = [prepare(tmp_path / str(n), 'bpe:300', splits, num_proc=n) for n in (1, 2, 3)]
+    for meta in metas[1:]:
+        assert meta == metas[0]
+    for name in ('train.bin', 'val.bin', 'tokenizer.json'):
+        assert len({(tmp_path / n / name).read_bytes() for n in '123'}) == 1
+
+
+def test_chunks_do_not_change_the_files(tmp_path, monkeypatch):
+    splits = {s: [TextFile(str(tmp_path / f'{s}.txt'))] for s in ('train', 'val')}
+    for split in splits:
+        (tmp_path / f'{split}.txt').write_text(words(8, 3000), encoding='utf-8')
+    metas = []
+    for size in (1 << 22, 500):
+        monkeypatch.setattr(corpus, 'CHUNK', size)
+        monkeypatch.setattr(sources, 'PIECE', size // 4)
+        metas.append(prepare(tmp_path / f'{size}', 'bpe:500', splits, num_proc=1))
+    assert metas[0]['splits'] == metas[1]['splits']
+
+
+# Kill and go on -------------------------------------------------------------
+
+DRIVER = """
+    import os, signal, sys
+    sys.path.insert(0, {root!r})
+    import corpus, sources
+
+    sources.PIECE, corpus.CHUNK, corpus.SMALL = 50, 300, 0
+
+    def die(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    {fault}
+    splits = {{s: [sources.Records(s + '.jsonl')] for s in ('train', 'val')}}
+    if __name__ == '__main__':
+        holdout = None
+        if {holdout!r}:
+            splits, holdout = {{'train': splits['train']}}, corpus.Holdout(0.1, 7)
+        corpus.prepare('set', 'bpe:300', splits, holdout=holdout, num_proc={num_proc})
+"""
+COUNT = """
+    real = corpus.encode_chunk
+    def counted(*arguments):
+        print('encoded')
+        return real(*arguments)
+    corpus.encode_chunk = counted"""
+# where the process kills itself: patches of corpus, in the order of a run
+FAULTS = {
+    'before any chunk': 'corpus.chunks = die',
+    'while the tokenizer is trained': 'corpus.train_bpe = die',
+    'while chunk 3 is written': """
+    save, count = corpus.np.savez, []
+    def third(file, **arrays):
+        count.append(1)
+        if len(count) == 3:
+            file.write(b'PK half a chunk'); file.flush(); die()
+        save(file, **arrays)
+    corpus.np.savez = third""",
+    'between two chunks': """
+    real, count = corpus.encode_chunk, []
+    def fifth(*arguments):
+        count.append(1)
+        return die() if len(count) == 5 else real(*arguments)
+    corpus.encode_chunk = fifth""",
+    'while the chunks are joined': """
+    write, count = corpus.Split.write, []
+    def second(self, *arguments):
+        write(self, *arguments); self.file.flush(); count.append(1)
+        if len(count) == 2: die()
+    corpus.Split.write = second""",
+    'before the files are put in place': 'corpus._put_in_place = die',
+    'when train.bin is in place': """
+    replace = os.replace
+    def first(source, target):
+        replace(source, target)
+        if str(target).endswith('train.bin'): die()
+    os.replace = first""",
+    'before meta.json is in place': """
+    replace = os.replace
+    def last(source, target):
+        return die() if str(target) == os.path.join('set', 'meta.json') else replace(source, target)
+    os.replace = last""",
+}
+
+
+def drive(folder, root, fault='', num_proc=1, holdout=False, **options):
+    code = textwrap.dedent(DRIVER).format(
+        root=str(root), fault=textwrap.dedent(fault), num_proc=num_proc, holdout=holdout
+    )
+    (folder / 'driver.py').write_text(code, encoding='utf-8')
+    return subprocess.run(
+        [sys.executable, 'driver.py'], cwd=folder, capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory, root):
+    """What a run that was never killed makes, with and without documents held out."""
+    folder = tmp_path_factory.mktemp('reference')
+    for split, count in (('train', 40), ('val', 8)):
+        write_jsonl(folder / f'{split}.jsonl', [words(i, 30) for i in range(count)])
+    made = {}
+    for holdout in (False, True):
+        shutil.rmtree(folder / 'set', ignore_errors=True)
+        run = drive(folder, root, COUNT, holdout=holdout)
+        assert run.returncode == 0, run.stderr
+        made['chunks', holdout] = run.stdout.count('encoded')
+        made[holdout] = {
+            p.name: p.read_bytes() for p in (folder / 'set').iterdir() if p.suffix in ('.bin', '.json')
+        }
+    made['texts'] = {name: (folder / name).read_bytes() for name in ('train.jsonl', 'val.jsonl')}
+    return made
+
+
+@pytest.mark.parametrize(
+    ('fault', 'holdout'),
+    [
+        *((fault, False) for fault in FAULTS),
+        ('between two chunks', True),
+        ('while the chunks are joined', True),
+    ],
+)
+def test_killed_and_run_again(tmp_path, root, reference, fault, holdout):
+    for name, content in reference['texts'].items():
+        (tmp_path / name).write_bytes(content)
+    killed = drive(tmp_path, root, FAULTS[fault], holdout=holdout)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(DataError, match='unfinished preparation'):
+        open_data(tmp_path / 'set')
+    assert not (tmp_path / 'set' / 'meta.json').exists()
+    made = len(list((tmp_path / 'set').rglob('*.npz')))
+    again = drive(tmp_path, root, COUNT, holdout=holdout)
+    assert again.returncode == 0, again.stderr
+    assert 'going on' in again.stdout
+    # what was there is not made again
+    assert made + again.stdout.count('encoded') == reference['chunks', holdout] > 10
+    for name, content in reference[holdout].items():
+        if name != 'meta.json':  # it holds the times of the source files
+            assert (tmp_path / 'set' / name).read_bytes() == content, name
+    ours, theirs = (
+        json.loads(c)
+        for c in ((tmp_path / 'set' / 'meta.json').read_bytes(), reference[holdout]['meta.json'])
+    )
+    assert {**ours, 'job': ''} == {**theirs, 'job': ''}
+    assert not (tmp_path / 'set' / '.prepare').exists()
+    assert len(open_data(tmp_path / 'set').splits) == 2
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+def test_workers_end_with_a_killed_parent(tmp_path, root, reference):
+    for name, content in reference['texts'].items():
+        (tmp_path / name).write_bytes(content)
+    fault = """
+    real = corpus.encode_split
+    def with_workers(folder, sources, spec, executor, *arguments):
+        executor.submit(int).result()
+        open('workers', 'w').write(' '.join(map(str, executor._processes)))
+        corpus.wait = die
+        return real(folder, sources, spec, executor, *arguments)
+    corpus.encode_split = with_workers"""
+    # the pipe of stdout would stay open as long as a worker lives
+    killed = drive(tmp_path, root, fault, num_proc=2, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    workers = [int(pid) for pid in (tmp_path / 'workers').read_text().split()]
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    again = drive(tmp_path, root, num_proc=2)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / 'set' / 'train.bin').read_bytes() == reference[False]['train.bin']
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f'/proc/{pid}/stat')
+    return not (stat.exists() and stat.read_text().rsplit(')', 1)[1].split()[0] == 'Z')
+
+
+def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, root, reference):
+    for name, content in reference['texts'].items():
+        (tmp_path / name).write_bytes(content)
+    fault = """
+    if __name__ == '__mp_main__':
+        corpus.encode_chunk = die"""
+    killed = drive(tmp_path, root, fault, num_proc=2, timeout=60)
+    assert killed.returncode == 1
+    assert 'CorpusError: a process that encodes was killed' in killed.stderr
+    assert '--num_proc below 2' in killed.stderr
+    assert drive(tmp_path, root).returncode == 0
+    assert (tmp_path / 'set' / 'train.bin').read_bytes() == reference[False]['train.bin']
+
+
+# The folder -----------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    return {
+        s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(i, 30) for i in range(9)]))]
+        for s in ('train', 'val')
+    }
+
+
+def test_what_is_there_already_is_left_alone(tmp_path, two, monkeypatch, capsys):
+    first = prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    monkeypatch.setattr(corpus, 'encode_chunk', lambda *arguments: pytest.fail('encoded again'))
+    assert prepare(tmp_path / 'set', 'bytes', two, num_proc=2) == first
+    assert 'prepared already' in capsys.readouterr().out
+    assert not (tmp_path / 'set' / '.prepare').exists()
+
+
+def test_other_settings_replace_what_is_there(tmp_path, two):
+    prepare(tmp_path / 'set', 'bpe:300', {**two, 'test': two['val']}, num_proc=1)
+    prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    data = open_data(tmp_path / 'set')
+    assert (data.vocab_size, list(data.splits)) == (257, ['train', 'val'])
+    assert not (tmp_path / 'set' / 'test.bin').exists()
+    assert not (tmp_path / 'set' / 'tokenizer.json').exists()
+
+
+def test_a_changed_or_damaged_set_is_made_again(tmp_path, two):
+    before = prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    os.truncate(tmp_path / 'set' / 'val.bin', 10)
+    assert prepare(tmp_path / 'set', 'bytes', two, num_proc=1) == before
+    write_jsonl(tmp_path / 'val.jsonl', ['other text'])
+    assert prepare(tmp_path / 'set', 'bytes', two, num_proc=1)['splits']['val']['documents'] == 1
+
+
+def test_the_old_set_serves_until_the_new_one_is_there(tmp_path, two, monkeypatch):
+    prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, 'encode_chunk', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / 'set', 'bpe:300', two, num_proc=1)
+    assert open_data(tmp_path / 'set').vocab_size == 257
+
+
+def test_chunks_of_another_job_are_not_used(tmp_path, two, monkeypatch):
+    prepare(tmp_path / 'clean', 'bpe:300', two, num_proc=1)
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, 'join_chunks', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    assert list((tmp_path / 'set' / '.prepare').rglob('*.npz'))
+    prepare(tmp_path / 'set', 'bpe:300', two, num_proc=1)
+    assert (tmp_path / 'set' / 'train.bin').read_bytes() == (tmp_path / 'clean' / 'train.bin').read_bytes()
+
+
+def test_two_at_once_are_refused(tmp_path, two):
+    from filelock import FileLock
+
+    (tmp_path / 'set' / '.prepare').mkdir(parents=True)
+    with (
+        FileLock(tmp_path / 'set' / '.prepare' / 'lock'),
+        pytest.raises(CorpusError, match='another prepare is at work'),
+    ):
+        prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+
+
+def test_a_full_disk_is_seen_before_the_start(tmp_path, two, monkeypatch):
+    free = corpus.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(corpus.shutil, 'disk_usage', lambda path: free)
+    with pytest.raises(CorpusError, match=r'GB of free disk, about .* GB are needed'):
+        prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    assert not list((tmp_path / 'set').rglob('*.npz'))
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path, two, monkeypatch):
+    def full(file, **arrays):
+        file.write(b'some')
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'savez', full)
+        with pytest.raises(OSError, match='No space left'):
+            prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    assert not [p for p in (tmp_path / 'set').rglob('*') if '.npz' in p.name]
+    with pytest.raises(DataError, match='unfinished'):
+        open_data(tmp_path / 'set')
+    prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    open_data(tmp_path / 'set')
+
+
+def test_a_damaged_chunk_is_named(tmp_path, two, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, 'join_chunks', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    chunk = sorted((tmp_path / 'set').rglob('*.npz'))[0]
+    os.truncate(chunk, chunk.stat().st_size // 2)
+    with pytest.raises(CorpusError, match=re.escape(f'{chunk.name} is damaged')):
+        prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    chunk.unlink()
+    prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+
+
+@pytest.mark.parametrize(
+    ('tokenizer', 'num_proc', 'wanted'),
+    [('bpe:many', 1, 'as in bpe:4096'), ('bpe:12', 1, 'at least 257'), ('bytes', 0, '--num_proc 0')],
+)
+def test_wrong_settings(tmp_path, two, tokenizer, num_proc, wanted):
+    with pytest.raises((CorpusError, corpus.TokenizerError), match=wanted):
+        prepare(tmp_path / 'set', tokenizer, two, num_proc=num_proc)
+
+
+def test_a_split_without_text_is_refused(tmp_path, two):
+    empty = [TextFile(str(tmp_path / 'empty.txt'))]
+    (tmp_path / 'empty.txt').write_bytes(b'')
+    with pytest.raises(CorpusError, match='split val has no text'):
+        prepare(tmp_path / 'set', 'bytes', {**two, 'val': empty}, end=False, num_proc=1)
+
+
+def test_flags(tmp_path, small):
+    path = write_jsonl(tmp_path / 'a.jsonl', ['', 'short', 'long words ' * 30])
+    flags = [flag for _, flag in Records(path).pieces()]
+    assert flags[:2] == [STARTS | ENDS, STARTS | ENDS]
+    assert flags[2] == STARTS
+    assert flags[-1] == ENDS
+    assert set(flags[3:-1]) == {0}

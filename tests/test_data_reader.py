@@ -1,0 +1,273 @@
+"""What the reader of token files refuses, with which words, and what it remembers."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import tokendata
+from corpus import prepare
+from sources import TextFile
+from tokendata import DataError, open_data
+from tokenizer import from_spec
+
+BLOCK = 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small data set of characters, 900 and 100 tokens, made by `prepare`."""
+    for name, size in (('train', 900), ('val', 100)):
+        text = ('abcdefghij' * size)[:size]
+        (tmp_path / f'{name}.txt').write_text(text, encoding='utf-8')
+    splits = {name: [TextFile(str(tmp_path / f'{name}.txt'))] for name in ('train', 'val')}
+    prepare(tmp_path / 'set', 'chars', splits, num_proc=1)
+    return tmp_path / 'set'
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """The files of nanoGPT: no meta.json."""
+    folder = tmp_path / 'plain'
+    folder.mkdir()
+    for name, size in (('train', 900), ('val', 100)):
+        (np.arange(size) % 1000).astype('<u2').tofile(folder / f'{name}.bin')
+    return folder
+
+
+def refused(folder, *wanted, **arguments):
+    """open_data says no in one line that has all of `wanted`."""
+    with pytest.raises(DataError) as error:
+        open_data(folder, **{'block_size': BLOCK, **arguments})
+    message = str(error.value)
+    assert '\n' not in message
+    for part in wanted:
+        assert part in message, (part, message)
+
+
+def edit_meta(folder, **changes):
+    path = folder / 'meta.json'
+    meta = json.loads(path.read_text(encoding='utf-8'))
+    path.write_text(json.dumps({**meta, **changes}), encoding='utf-8')
+
+
+def test_what_is_read(folder):
+    data = open_data(folder, BLOCK)
+    assert {name: len(tokens) for name, tokens in data.splits.items()} == {'train': 900, 'val': 100}
+    assert data.splits['train'].dtype == np.uint16
+    assert not data.splits['train'].flags.writeable
+    assert data.vocab_size == 10
+    assert from_spec(data.tokenizer_spec).decode(data.splits['val'][:12]) == 'abcdefghijab'
+    assert data.meta['splits']['train']['bytes'] == 900
+    assert len(data.fingerprint) == 64
+    assert open_data(folder, BLOCK, verify=False).fingerprint == data.fingerprint
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    refused(tmp_path / 'nothing', str(tmp_path / 'nothing'), 'does not exist', '--out_dir')
+
+
+def test_the_mend_is_the_command_that_made_it(folder, root):
+    edit_meta(folder, command='python data/x/prepare.py --files a')
+    (folder / 'val.bin').unlink()
+    refused(folder, 'val.bin is missing', 'run python data/x/prepare.py --files a')
+    refused(root / 'data' / 'enwik8', f'run python {root / "data" / "enwik8" / "prepare.py"}')
+
+
+@pytest.mark.parametrize('name', ['train', 'val'])
+def test_a_missing_file(folder, name):
+    (folder / f'{name}.bin').unlink()
+    refused(folder, f'{name}.bin is missing')
+
+
+@pytest.mark.parametrize('name', ['train', 'val'])
+def test_an_empty_file(folder, name):
+    (folder / f'{name}.bin').write_bytes(b'')
+    refused(folder, f'{name}.bin is empty')
+
+
+def test_an_odd_number_of_bytes(folder):
+    with (folder / 'train.bin').open('ab') as file:
+        file.write(b'\x00')
+    refused(folder, 'train.bin holds 1,801 bytes', '2-byte uint16', 'cut short')
+
+
+def test_a_truncated_file(folder):
+    os.truncate(folder / 'train.bin', 1000)
+    refused(folder, 'train.bin holds 500 tokens', 'says 900', 'cut short')
+
+
+def test_a_file_that_grew(folder):
+    with (folder / 'val.bin').open('ab') as file:
+        file.write(b'\x00\x00')
+    refused(folder, 'val.bin holds 101 tokens', 'says 100', 'grew')
+
+
+@pytest.mark.parametrize(('dtype', 'name'), [('<u4', 'uint32'), ('<i8', 'int64')])
+def test_a_file_of_another_dtype(folder, dtype, name):
+    np.fromfile(folder / 'train.bin', '<u2').astype(dtype).tofile(folder / 'train.bin')
+    refused(folder, f'looks like {name}', 'says 900')
+
+
+def test_a_changed_token_is_seen(folder):
+    tokens = np.fromfile(folder / 'train.bin', '<u2')
+    tokens[17] += 1
+    tokens.tofile(folder / 'train.bin')
+    refused(folder, 'train.bin has SHA-256', 'it changed')
+
+
+def test_a_token_outside_the_vocabulary_is_placed(folder, monkeypatch):
+    monkeypatch.setattr(tokendata, 'SCAN_BYTES', 256)  # several blocks
+    tokens = np.fromfile(folder / 'train.bin', '<u2')
+    tokens[[700, 800]] = 10, 11
+    tokens.tofile(folder / 'train.bin')
+    refused(folder, 'token id 10 at position 700', 'the vocabulary has 10 ids')
+
+
+@pytest.mark.parametrize(('block_size', 'first'), [(100, 'val.bin holds 100'), (900, 'train.bin holds 900')])
+def test_too_short_for_the_block_size(folder, block_size, first):
+    wanted = f'{first} tokens, block_size {block_size} needs at least {block_size + 1}'
+    refused(folder, wanted, 'smaller block_size', block_size=block_size)
+    assert len(open_data(folder, 99).splits['val']) == 100
+
+
+def test_an_unfinished_preparation(folder):
+    (folder / 'meta.json').unlink()
+    (folder / '.prepare').mkdir()
+    refused(folder, 'unfinished preparation', 'goes on where it stopped')
+    refused(folder, 'unfinished preparation', vocab_size=10)  # nor as plain files
+
+
+@pytest.mark.parametrize(
+    ('changes', 'wanted'),
+    [
+        ({'format': 99}, 'format 99'),
+        ({'format': None}, "no 'format'"),
+        ({'vocab_size': '10'}, "no 'vocab_size'"),
+        ({'dtype': 'float16'}, "dtype 'float16'"),
+        ({'splits': []}, "no 'splits'"),
+        ({'splits': {'train': {'tokens': 900}}}, "split 'train'"),
+        ({'splits': {'../train': {'tokens': 900, 'sha256': ''}}}, "split '../train'"),
+        ({'splits': {}}, 'train.bin is missing'),
+        ({'tokenizer': None}, "no 'tokenizer'"),
+        ({'tokenizer': {'kind': 'bytes'}}, 'the tokenizer in'),
+    ],
+)
+def test_a_broken_meta(folder, changes, wanted):
+    edit_meta(folder, **changes)
+    refused(folder, wanted)
+
+
+@pytest.mark.parametrize('content', ['', '{"format": 1', '[]', '\x80\x04\x95pickle'])
+def test_a_meta_that_is_not_json(folder, content):
+    (folder / 'meta.json').write_bytes(content.encode('latin-1'))
+    refused(folder, 'meta.json')
+
+
+def test_the_vocabulary_given_must_agree(folder):
+    refused(folder, 'a vocabulary of 10', 'vocab_size=12', vocab_size=12)
+    assert open_data(folder, BLOCK, vocab_size=10).vocab_size == 10
+
+
+def test_a_changed_tokenizer_is_seen(tmp_path):
+    for name in ('train', 'val'):
+        (tmp_path / f'{name}.txt').write_text('some words to learn from ' * 40, encoding='utf-8')
+    splits = {name: [TextFile(str(tmp_path / f'{name}.txt'))] for name in ('train', 'val')}
+    prepare(tmp_path / 'set', 'bpe:280', splits, num_proc=1)
+    path = tmp_path / 'set' / 'tokenizer.json'
+    spec = open_data(tmp_path / 'set', BLOCK).tokenizer_spec
+    assert from_spec(spec).decode(from_spec(spec).encode('words')) == 'words'  # whole, without the folder
+    path.write_text(path.read_text(encoding='utf-8').replace('words', 'wards'), encoding='utf-8')
+    refused(tmp_path / 'set', 'the tokenizer in', 'the tokens were made with')
+    path.unlink()
+    refused(tmp_path / 'set', 'tokenizer.json cannot be read')
+
+
+def test_plain_files_need_the_vocabulary(plain):
+    refused(plain, 'meta.json is missing', 'vocab_size')
+    data = open_data(plain, BLOCK, vocab_size=1000)
+    assert (data.vocab_size, data.tokenizer_spec, data.meta) == (1000, None, {})
+    assert len(data.fingerprint) == 64
+    assert data.splits['train'][:3].tolist() == [0, 1, 2]
+
+
+def test_plain_files_are_checked_too(plain):
+    refused(plain, 'token id 500 at position 500', vocab_size=500)
+    refused(plain, 'val.bin holds 100 tokens', vocab_size=1000, block_size=100)
+    os.truncate(plain / 'val.bin', 99)
+    refused(plain, 'not a whole number', vocab_size=1000)
+
+
+def test_plain_files_of_another_kind(plain):
+    tokens = np.arange(900) % 1000
+    tokens.astype('<u4').tofile(plain / 'train.bin')
+    refused(plain, '4 or 8 bytes', vocab_size=1000)
+    tokens.astype('<i8').tofile(plain / 'train.bin')
+    refused(plain, '4 or 8 bytes', vocab_size=1000)
+    with (plain / 'train.bin').open('wb') as file:
+        np.save(file, tokens.astype('<u2'))
+    refused(plain, '.npy file', vocab_size=50257)
+    (plain / 'train.bin').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:000\n')
+    refused(plain, 'Git LFS', vocab_size=50257)
+
+
+def test_a_large_vocabulary_is_read_as_uint32(plain):
+    for name in ('train', 'val'):
+        (np.arange(200) + 70000).astype('<u4').tofile(plain / f'{name}.bin')
+    data = open_data(plain, BLOCK, vocab_size=70200)
+    assert data.splits['train'].dtype == np.uint32
+    assert int(data.splits['train'][199]) == 70199
+
+
+def test_a_file_is_read_once(folder, monkeypatch):
+    scanned = []
+    scan = tokendata._scan
+
+    def counting(path, *arguments):
+        scanned.append(path.name)
+        return scan(path, *arguments)
+
+    monkeypatch.setattr(tokendata, '_scan', counting)
+    open_data(folder, BLOCK)
+    assert sorted(scanned) == ['train.bin', 'val.bin']
+    open_data(folder, BLOCK)
+    open_data(folder, BLOCK, verify=False)
+    assert len(scanned) == 2  # the stamp beside it remembers
+    np.fromfile(folder / 'val.bin', '<u2')[::-1].tofile(folder / 'val.bin')
+    stat = (folder / 'val.bin').stat()
+    os.utime(folder / 'val.bin', ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    refused(folder, 'val.bin has SHA-256')
+    assert scanned[2:] == ['val.bin']
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '{"train": 1}', '{"train": {"sha256": "00"}}'])
+def test_a_broken_stamp_is_ignored(folder, content):
+    (folder / '.verified.json').write_text(content, encoding='utf-8')
+    assert open_data(folder, BLOCK).vocab_size == 10
+
+
+def test_a_forged_meta_is_not_excused_by_a_stamp(folder):
+    open_data(folder, BLOCK)
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    meta['splits']['val']['sha256'] = '0' * 64
+    edit_meta(folder, splits=meta['splits'])
+    refused(folder, 'val.bin has SHA-256', 'says 000000000000')
+
+
+def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
+    def read_only(self, *arguments, **more):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr('pathlib.Path.write_text', read_only)
+    assert open_data(folder, BLOCK).vocab_size == 10
+    assert sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_the_fingerprint_follows_the_content(folder, plain):
+    before = open_data(plain, BLOCK, vocab_size=1000).fingerprint
+    tokens = np.fromfile(plain / 'val.bin', '<u2')
+    tokens[0] = 5
+    tokens.tofile(plain / 'val.bin')
+    assert open_data(plain, BLOCK, vocab_size=1000).fingerprint != before
+    assert open_data(plain, BLOCK, vocab_size=1000, verify=False).fingerprint is None
