@@ -381,6 +381,8 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     if num_proc < 1:
         raise CorpusError(f'--num_proc {num_proc}: at least one process encodes')
     os.environ['TOKENIZERS_PARALLELISM'] = 'true' if num_proc > 1 else 'false'
+    if holdout and all(isinstance(source, TextFile) for source in splits['train']):
+        holdout.documents(len(splits['train']))  # files are documents: too few are seen before the work
     tokenizer = None if fitted(name) else load(name)
     job = {
         'format': [FORMAT, CHUNK, PIECE],

@@ -1,0 +1,414 @@
+"""Every prepare.py run as a user runs it, on a small file in its original form, and the tools beside them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_hub import COMMIT, serving
+
+from tokendata import open_data
+from tokenizer import from_spec, train_bpe
+
+SCRIPTS = (
+    'openwebtext',
+    'stdlib',
+    'shakespeare',
+    'shakespeare_char',
+    'wikitext',
+    'enwik8',
+    'russian_instructions',
+)
+TEXT = 'To be, or not to be, that is the question:\nWhether ’tis nobler in the mind to suffer\n\n'
+
+
+def run(root, script, *arguments, status=0, **environment):
+    """Runs data/SCRIPT with these arguments -> its output and errors."""
+    command = [sys.executable, str(root / 'data' / script), *map(str, arguments)]
+    environment = {**os.environ, 'HF_HUB_DISABLE_TELEMETRY': '1', **environment}
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding='utf-8', env=environment, check=False
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
+
+
+def script(root, name):
+    """data/NAME/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f'prepare_{name}', root / 'data' / name / 'prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def decoded(folder, split):
+    data = open_data(folder)
+    return from_spec(data.tokenizer_spec).decode(data.splits[split])
+
+
+def write_jsonl(path, rows):
+    path.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
+    return path
+
+
+def write_parquet(path, texts):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({'text': texts}), path, row_group_size=10)
+    return path
+
+
+@pytest.mark.parametrize('name', [f'{name}/prepare.py' for name in SCRIPTS] + ['peek.py', 'bench_encode.py'])
+def test_help(root, name):
+    assert '--help' in run(root, name, '--help')[0]
+
+
+def test_no_script_is_left_out(root):
+    assert sorted(p.parent.name for p in (root / 'data').glob('*/prepare.py')) == sorted(SCRIPTS)
+    for name in SCRIPTS:
+        assert (root / 'data' / name / 'readme.md').is_file()
+
+
+def test_openwebtext_from_the_hub_and_from_its_cache(root, tmp_path, gpt2):
+    texts = [f'Document {i}. {TEXT}' for i in range(50)]
+    for i in range(2):
+        write_parquet(
+            tmp_path / f'repo/plain_text/train-0000{i}-of-00002.parquet', texts[i * 25 : i * 25 + 25]
+        )
+    files = '  data_files:\n  - split: train\n    path: plain_text/train-*\n'
+    card = f'---\nconfigs:\n- config_name: plain_text\n{files}---\n'
+    (tmp_path / 'repo' / 'README.md').write_text(card, encoding='utf-8')
+    ask = ['--repo', 'owner/name', '--revision', 'a-branch', '--val_fraction', '0.04', '--num_proc', '1']
+    with serving(tmp_path / 'repo', 'owner/name') as (address, requests):
+        hub = {'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'home')}
+        run(root, 'openwebtext/prepare.py', *ask, '--out_dir', tmp_path / 'set', **hub)
+        fetch = 'import huggingface_hub as h; h.snapshot_download("owner/name", repo_type="dataset", **{})'
+        fetch = fetch.format({'revision': 'a-branch'})
+        subprocess.run([sys.executable, '-c', fetch], env={**os.environ, **hub}, check=True)
+    assert any('revision/a-branch' in request for request in requests)
+    streamed = [r for r in requests if '.parquet' in r and 'bytes=' in r]
+    assert streamed
+    assert all(COMMIT in request for request in streamed)
+    data = open_data(tmp_path / 'set')
+    assert data.meta['source'] == {'repo': 'owner/name', 'revision': COMMIT}
+    assert [data.meta['splits'][s]['documents'] for s in ('train', 'val')] == [48, 2]
+    order = np.random.default_rng(2357).permutation(50)[:2].tolist()
+    assert decoded(tmp_path / 'set', 'val') == ''.join(f'{texts[i]}<|endoftext|>' for i in order)
+    offline = {'HF_HUB_OFFLINE': '1', 'HF_HOME': hub['HF_HOME']}
+    run(root, 'openwebtext/prepare.py', *ask, '--out_dir', tmp_path / 'again', **offline)
+    again = open_data(tmp_path / 'again')
+    assert again.fingerprint == data.fingerprint
+    assert again.meta['source'] == data.meta['source']
+
+
+def test_openwebtext_from_files(root, tmp_path, gpt2):
+    rows = [{'body': f'{TEXT} {i}', 'id': i} for i in range(12)]
+    train, val = (
+        write_jsonl(tmp_path / 'train.jsonl', rows[:10]),
+        write_jsonl(tmp_path / 'val.jsonl', rows[10:]),
+    )
+    out = tmp_path / 'set'
+    output, _ = run(
+        root,
+        'openwebtext/prepare.py',
+        '--files',
+        train,
+        '--val_files',
+        val,
+        '--field',
+        'body',
+        '--out_dir',
+        out,
+    )
+    assert '10 documents' in output
+    meta = open_data(out).meta
+    assert meta['command'].startswith('python data/openwebtext/prepare.py --files')
+    assert decoded(out, 'val') == ''.join(f'{row["body"]}<|endoftext|>' for row in rows[10:])
+    _, errors = run(root, 'openwebtext/prepare.py', '--files', train, '--out_dir', tmp_path / 'no', status=1)
+    assert errors.startswith(f"error: {train}, line 1 has no field 'text', only body, id: say which")
+
+
+def test_openwebtext_with_a_bpe_of_its_own(root, tmp_path):
+    train = write_jsonl(tmp_path / 'train.jsonl', [{'text': f'{TEXT} {i}'} for i in range(40)])
+    out = tmp_path / 'set'
+    run(
+        root,
+        'openwebtext/prepare.py',
+        '--files',
+        train,
+        '--tokenizer',
+        'bpe:300',
+        '--val_fraction',
+        0.1,
+        '--out_dir',
+        out,
+    )
+    data = open_data(out)
+    assert data.vocab_size <= 300
+    assert data.meta['splits']['val']['documents'] == 4
+
+
+@pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char'])
+def test_shakespeare(root, shared, tmp_path, gpt2, name):
+    """The counts of nanoGPT's data of the same names."""
+    out = tmp_path / 'set'
+    text = shared / 'data' / 'tinyshakespeare.txt'
+    run(root, f'{name}/prepare.py', '--files', text, '--out_dir', out)
+    data = open_data(out)
+    counts = {split: len(tokens) for split, tokens in data.splits.items()}
+    if name == 'shakespeare':
+        assert counts == {'train': 301_966, 'val': 36_059}
+    else:
+        assert counts == {'train': 1_003_854, 'val': 111_540}
+        assert data.vocab_size == 65
+    assert decoded(out, 'train') + decoded(out, 'val') == text.read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('form', ['parquet', 'raw'])
+def test_wikitext(root, tmp_path, gpt2, form):
+    rows = ['', ' = Title = \n', '', ' Some text , with @-@ signs . \n', ' More of it . \n']
+    files = {}
+    for split in ('train', 'validation', 'test'):
+        if form == 'parquet':
+            files[split] = write_parquet(
+                tmp_path / f'{split}-00000-of-00001.parquet', [*rows, f' {split}\n'] * 9
+            )
+        else:
+            files[split] = tmp_path / f'wiki.{split}.raw'
+            files[split].write_text(''.join([*rows, f' {split}\n'] * 9), encoding='utf-8', newline='\n')
+    out = tmp_path / 'set'
+    flags = ['--files', files['train'], '--val_files', files['validation'], '--test_files', files['test']]
+    run(root, 'wikitext/prepare.py', *flags, '--out_dir', out)
+    for split, name in (('train', 'train'), ('val', 'validation'), ('test', 'test')):
+        assert decoded(out, split) == ''.join([*rows, f' {name}\n'] * 9)
+    assert open_data(out).meta['splits']['test']['documents'] == 1
+
+
+def test_wikitext_from_the_hub_needs_its_configuration(root, tmp_path, gpt2):
+    card = '---\nconfigs:\n'
+    for size in ('2', '103'):
+        for split in ('train', 'validation', 'test'):
+            write_parquet(
+                tmp_path / f'repo/wikitext-{size}-raw-v1/{split}-00000-of-00001.parquet',
+                [f' {split} {size}\n'] * 9,
+            )
+        card += f'- config_name: wikitext-{size}-raw-v1\n  data_files:\n'
+        for split in ('train', 'validation', 'test'):
+            card += f'  - split: {split}\n    path: wikitext-{size}-raw-v1/{split}-*\n'
+    (tmp_path / 'repo' / 'README.md').write_text(card + '---\n', encoding='utf-8')
+    with serving(tmp_path / 'repo', 'owner/name') as (address, _):
+        hub = {'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'home')}
+        run(
+            root,
+            'wikitext/prepare.py',
+            '--repo',
+            'owner/name',
+            '--size',
+            2,
+            '--out_dir',
+            tmp_path / 'set',
+            **hub,
+        )
+    assert decoded(tmp_path / 'set', 'val') == ' validation 2\n' * 9
+    assert open_data(tmp_path / 'set').meta['source']['config'] == 'wikitext-2-raw-v1'
+
+
+@pytest.mark.parametrize('form', ['zip', 'plain'])
+def test_enwik8(root, tmp_path, form):
+    content = ('<page>\n<text>Ünïcödé &amp; 日本</text>\n' * 300).encode('utf-8')[
+        :9_999
+    ]  # ends within a character
+    path = tmp_path / ('enwik8.zip' if form == 'zip' else 'enwik8')
+    if form == 'zip':
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr('enwik8', content)
+    else:
+        path.write_bytes(content)
+    out = tmp_path / 'set'
+    run(root, 'enwik8/prepare.py', '--files', path, '--out_dir', out)
+    splits = open_data(out).splits
+    assert [len(splits[name]) for name in ('train', 'val', 'test')] == [8_999, 500, 500]
+    together = np.concatenate([splits[name] for name in ('train', 'val', 'test')])
+    assert together.astype(np.uint8).tobytes() == content
+
+
+def test_russian_instructions(root, tmp_path):
+    """Beginning of text, question, answer, end of text, in the tokens of a folder as the checkpoint's is."""
+    rows = [
+        {'question': f'Сколько будет {i} и {i}?', 'answer': f'Будет {2 * i}.', 'n': i} for i in range(200)
+    ]
+    model = json.loads(train_bpe([row['question'] + row['answer'] for row in rows], 320).text)['model']
+    names = {'bos_token': '<s>', 'eos_token': '</s>'}
+    vocabulary = {**model['vocab'], '<s>': 320, '</s>': 321}
+    folder = tmp_path / 'checkpoint'
+    folder.mkdir()
+    (folder / 'vocab.json').write_text(json.dumps(vocabulary), encoding='utf-8')
+    merges = [' '.join(pair) for pair in model['merges']]
+    (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']), encoding='utf-8')
+    (folder / 'special_tokens_map.json').write_text(json.dumps(names), encoding='utf-8')
+    path, out = write_jsonl(tmp_path / 'rows.jsonl', rows), tmp_path / 'set'
+    run(root, 'russian_instructions/prepare.py', '--files', path, '--tokenizer', folder, '--out_dir', out)
+    meta = open_data(out).meta
+    assert [meta['splits'][s]['documents'] for s in ('train', 'val')] == [199, 1]
+    held = rows[int(np.random.default_rng(2357).permutation(200)[0])]
+    assert decoded(out, 'val') == f'<s>{held["question"]}\n{held["answer"]}</s>'
+    assert decoded(out, 'train').startswith(f'<s>{rows[0]["question"]}\n{rows[0]["answer"]}</s><s>')
+
+
+def test_stdlib_takes_the_sources_and_not_the_tests(root, tmp_path):
+    stdlib = script(root, 'stdlib')
+    for i in range(150):
+        (tmp_path / f'module{i}.py').write_text(f'x = {i}\n', encoding='utf-8')
+    (tmp_path / 'latin.py').write_bytes('# -*- coding: latin-1 -*-\n# caf\xe9\n'.encode('latin-1'))
+    for name in (
+        'test/a.py',
+        'json/tests/b.py',
+        'site-packages/c.py',
+        '_sysconfigdata_x.py',
+        'config-3/d.py',
+        'readme.txt',
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('left out', encoding='utf-8')
+    splits = stdlib.library_splits(tmp_path)
+    assert stdlib.library_splits(tmp_path) == splits
+    assert sum(map(len, splits.values())) == 151
+    assert 1 <= len(splits['val']) <= 20
+    texts = [
+        b''.join(p for p, _ in s.pieces()).decode('utf-8') for sources in splits.values() for s in sources
+    ]
+    assert '# -*- coding: latin-1 -*-\n# café\n' in texts
+    assert not any('left out' in text for text in texts)
+
+
+def test_stdlib_of_this_python(root):
+    splits = script(root, 'stdlib').library_splits(Path(sysconfig.get_path('stdlib')))
+    assert len(splits['train']) > 300
+    assert len(splits['val']) > 10
+    source = next(s for s in splits['train'] + splits['val'] if Path(s.path).name == 'argparse.py')
+    text = b''.join(piece for piece, _ in source.pieces()).decode('utf-8')
+    assert text == Path(source.path).read_text(encoding='utf-8')
+
+
+def test_stdlib_without_sources_is_one_line(root, tmp_path):
+    stdlib = script(root, 'stdlib')
+    (tmp_path / 'only.py').write_text('x = 1\n', encoding='utf-8')
+    with pytest.raises(stdlib.CorpusError, match='holds 1 source files'):
+        stdlib.library_splits(tmp_path)
+
+
+def test_stdlib_on_files(root, tmp_path):
+    for name in ('train', 'val'):
+        (tmp_path / f'{name}.py').write_text(TEXT * 50, encoding='utf-8')
+    flags = [
+        '--files',
+        tmp_path / 'train.py',
+        '--val_files',
+        tmp_path / 'val.py',
+        '--out_dir',
+        tmp_path / 'set',
+    ]
+    run(root, 'stdlib/prepare.py', *flags)
+    assert decoded(tmp_path / 'set', 'val') == TEXT * 50 + '<|endoftext|>'
+    assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=1)[1]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'wanted'),
+    [
+        (['shakespeare/prepare.py', '--files', '{here}/none.txt'], 'none.txt does not exist'),
+        (['shakespeare/prepare.py', '--val_files', '{here}/a.txt'], '--files, which is missing'),
+        (['shakespeare/prepare.py', '--files', '{here}/a.txt', '{here}/a.txt'], 'not 2 files'),
+        (['wikitext/prepare.py', '--files', '{here}/a.txt'], '--files needs --val_files'),
+        (['openwebtext/prepare.py', '--files', '{here}/a.txt', '--tokenizer', 'bytes'], '--val_files'),
+        (
+            ['openwebtext/prepare.py', '--files', '{here}/*.txt', '{here}/*.txt', '--tokenizer', 'gpt22'],
+            "no encoding 'gpt22'",
+        ),
+        (['openwebtext/prepare.py', '--files', '{here}/a.csv'], '.csv is not read here'),
+        (['peek.py', '{here}'], 'meta.json is missing'),
+    ],
+)
+def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
+    for name in ('a.txt', 'a.csv'):
+        (tmp_path / name).write_text('text', encoding='utf-8')
+    arguments = [a.format(here=tmp_path) for a in arguments]
+    if arguments[0] != 'peek.py':
+        arguments += ['--out_dir', tmp_path / 'set']
+    _, errors = run(root, *arguments, status=1)
+    assert errors.startswith('error: ')
+    assert errors.count('\n') == 1
+    assert wanted in errors
+    assert not (tmp_path / 'set' / 'meta.json').exists()
+
+
+def test_without_a_network_the_message_says_what_to_do(root, tmp_path):
+    hub = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}  # nothing answers there
+    flags = ['--tokenizer', 'bytes', '--out_dir', tmp_path / 'set']
+    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=1, **hub)
+    assert errors.startswith('error: cannot reach https://huggingface.co/datasets/Skylion007/openwebtext (')
+    assert 'hf download Skylion007/openwebtext --repo-type dataset --revision' in errors
+    assert 'HF_HUB_OFFLINE=1' in errors
+    assert '--files' in errors
+    assert errors.count('\n') == 1
+
+
+def test_a_download_is_checked(tmp_path):
+    import hashlib
+
+    from sources import CorpusError, download
+
+    archive = tmp_path / 'enwik8.zip'
+    with zipfile.ZipFile(archive, 'w') as file:
+        file.writestr('enwik8', TEXT)
+    digest = hashlib.sha256(TEXT.encode('utf-8')).hexdigest()
+    url, folder = archive.as_uri(), tmp_path / 'download'
+    assert download(url, digest, folder) == str(folder / 'enwik8.zip')
+    archive.unlink()
+    assert download(url, digest, folder) == str(folder / 'enwik8.zip')  # not asked for again
+    with pytest.raises(CorpusError, match=r'cannot download file://.*put it at') as error:
+        download(url, '0' * 64, folder)
+    assert '\n' not in str(error.value)
+    archive.write_bytes((folder / 'enwik8.zip').read_bytes())
+    with pytest.raises(CorpusError, match='SHA-256 0000'):
+        download(url, '0' * 64, folder)
+
+
+def test_peek(root, tmp_path):
+    for name in ('train', 'val'):
+        (tmp_path / f'{name}.txt').write_text('abca' * 100, encoding='utf-8')
+    flags = [
+        '--files',
+        tmp_path / 'train.txt',
+        '--val_files',
+        tmp_path / 'val.txt',
+        '--out_dir',
+        tmp_path / 'set',
+    ]
+    run(root, 'shakespeare_char/prepare.py', *flags)
+    shown, _ = run(root, 'peek.py', tmp_path / 'set', '--tokens', 7, '--at', 1, '--top', 1)
+    assert '400 tokens' in shown
+    assert '1.000 bytes per token' in shown
+    assert 'tokens 1 to 8 of 400\nbcaabca\n' in shown
+    assert '3 of 3 ids occur, entropy 1.500 bits per token' in shown
+    assert "0           200  50.00 %  'a'" in shown
+    (tmp_path / 'set' / 'meta.json').unlink()
+    shown, _ = run(root, 'peek.py', tmp_path / 'set', '--vocab_size', 300, '--tokens', 4)
+    assert 'of 400\n0 1 2 0\n' in shown
+
+
+def test_the_benchmark_runs(root, tmp_path, gpt2):
+    (tmp_path / 'a.txt').write_text(TEXT * 200, encoding='utf-8')
+    shown, _ = run(root, 'bench_encode.py', '--files', tmp_path / 'a.txt', '--rounds', 1)
+    lines = shown.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ['prepare', 'map', 'encode']
+    assert all(float(number) >= 0 for line in lines[-3:] for number in line.split()[1:])
