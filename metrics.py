@@ -8,14 +8,19 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from checkpoint import write_text
+from checkpoint import CheckpointError, write_failed, write_text
 
 METRICS, RUN = 'metrics.jsonl', 'run.json'
+WANDB_SECONDS = 60  # that wandb gets at the end to send what is left
 
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
@@ -106,23 +111,31 @@ def read_jsonl(path: str | Path) -> list[dict]:
 class Metrics:
     """The run's record. One line per call of log(); run.json is rewritten whole by update().
 
-    resume_iter: lines after that iteration are dropped first, since the resumed run writes them again.
+    resume_iter: of the checkpoint that the run goes on from, or None for a new run. Later lines are dropped
+    first, since the resumed run writes them again. Raises CheckpointError where nothing can be written.
     """
 
-    def __init__(self, out_dir: str | Path, run: dict, resume_iter: int = 0):
+    def __init__(self, out_dir: str | Path, run: dict, resume_iter: int | None = None):
         self.out_dir, self.run = Path(out_dir), dict(run)
-        path = self.out_dir / METRICS
-        if resume_iter and path.exists():
-            kept = [record for record in read_jsonl(path) if record['iter'] <= resume_iter]
-            write_text(path, ''.join(json.dumps(record) + '\n' for record in kept))
-        self.file = open(path, 'a' if resume_iter else 'w', encoding='utf-8')
+        self.path = self.out_dir / METRICS
+        if resume_iter is not None and self.path.exists():
+            kept = [record for record in read_jsonl(self.path) if record['iter'] <= resume_iter]
+            write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
+        self.file = open(self.path, 'w' if resume_iter is None else 'a', encoding='utf-8')
         self.update()
 
     def log(self, record: dict):
         # JSON has no NaN: a value that is not finite is written as null
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(clean) + '\n')
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(clean) + '\n')
+            self.file.flush()
+        except OSError as e:
+            raise CheckpointError(write_failed(self.path, e)) from e
+
+    def sync(self):
+        """Have what was logged on the disk, so that no power cut leaves a checkpoint without its metrics."""
+        os.fsync(self.file.fileno())
 
     def update(self, **fields):
         self.run.update(fields)
@@ -130,6 +143,33 @@ class Metrics:
 
     def close(self):
         self.file.close()
+
+
+@dataclass
+class SpikeWatch:
+    """Early warning: tells when a value stands out above the recent ones. The state is saved and resumed.
+
+    It does where it is 10 % and 8 standard deviations above the median of the last 20 values. The deviation
+    is taken from the steps between neighbours among the last 100, by their median (von Neumann, 1941, made
+    robust): a falling loss does not widen it, nor does an earlier spike. A spike is told once, until a value
+    is back below.
+    """
+
+    recent: list[float] = field(default_factory=list)
+    high: bool = False
+
+    def look(self, value: float) -> float | None:
+        """The usual value (the median), if this one stands out and the one before it did not."""
+        if not math.isfinite(value):
+            return None  # a step that the loss scaler skips
+        was_high, usual = self.high, None
+        if len(self.recent) >= 20:
+            usual = median(self.recent[-20:])
+            steps = [abs(a - b) for a, b in pairwise(self.recent)]
+            deviation = 1.4826 * median(steps) / math.sqrt(2)
+            self.high = value > usual + max(8 * deviation, 0.1 * abs(usual))
+        self.recent = [*self.recent[-99:], value]
+        return usual if self.high and not was_high else None
 
 
 class Wandb:
@@ -173,4 +213,14 @@ class Wandb:
         self._call(lambda run: run.summary.update(record))
 
     def finish(self, exit_code: int = 0):
-        self._call(lambda run: run.finish(exit_code=exit_code))
+        finish = threading.Thread(
+            target=self._call, args=(lambda run: run.finish(exit_code=exit_code),), daemon=True
+        )
+        finish.start()
+        finish.join(WANDB_SECONDS)
+        if finish.is_alive():
+            print(
+                f'warning: wandb is still sending after {WANDB_SECONDS} s and is left to itself; '
+                f'"wandb sync" sends what is missing, {METRICS} has everything',
+                flush=True,
+            )

@@ -12,6 +12,7 @@ Results: OUT_DIR/metrics.jsonl, run.json, last.pt, previous.pt and best.pt. `--h
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,9 +22,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +112,7 @@ class Knobs:
 
 STARTS = ('scratch', 'resume', 'auto')  # any other init_from names a checkpoint of pretrained.py
 ARCHITECTURE = {f.name for f in fields(GPTConfig)} - {'vocab_size', 'vocab_used', 'dropout'}
+RUN_FILES = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST, metrics.METRICS, metrics.RUN)
 
 
 def check(k: Knobs):
@@ -137,6 +141,8 @@ def check(k: Knobs):
             raise ConfigError(f'{name}={getattr(k, name)!r}: one of {", ".join(allowed)}')
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')
+    if k.overwrite and k.init_from == 'resume':
+        raise ConfigError('overwrite starts over and init_from=resume goes on: give one of them')
     if k.init_from in STARTS:  # else the checkpoint has a say, see pretrained_knobs
         check_model(k)
 
@@ -181,7 +187,9 @@ def prepare_stdlib(folder: Path):
     """The one corpus that every machine has: prepared on first use."""
     if folder == ROOT / 'data' / 'stdlib' and not (folder / 'meta.json').exists():
         print('preparing data/stdlib, the sources of the Python standard library (once)', flush=True)
-        subprocess.run([sys.executable, str(folder / 'prepare.py')], check=True)
+        command = [sys.executable, str(folder / 'prepare.py')]
+        if subprocess.run(command, check=False).returncode:
+            raise DataError(f'{folder} could not be prepared (reason above): mend that, and start again')
 
 
 def dropout_seed(seed: int, step: int, micro: int) -> int:
@@ -198,33 +206,47 @@ def other_tokens(data, source) -> str:
 
 
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C, or when torchrun dies: the loop saves after the step in hand and ends."""
+    """Set by a signal, or when torchrun dies: the loop saves after the step in hand and ends.
 
-    def __init__(self, under_torchrun: bool):
+    torchrun passes on the signals that it gets, and kills ranks that are still there 30 seconds later.
+    """
+
+    def __init__(self, torchrun: int, give_up_seconds: float):
+        """torchrun: its process id, or 0."""
         self.reason = ''  # why this rank wants to stop
         self.agreed = False  # whether any rank does, as of the last step
+        self.torchrun, self.give_up_seconds = torchrun, give_up_seconds
+        self.before = {}  # signal -> its handler until now
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_signal)
-            signal.signal(signal.SIGINT, self._on_signal)
-        if under_torchrun:
-            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+            for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):  # Windows has no SIGHUP, nohup wants it ignored
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._on_signal)
+        if torchrun:
+            threading.Thread(target=self._watch_parent, daemon=True).start()
 
     def _on_signal(self, number, frame):
-        self.reason = signal.Signals(number).name
+        if self.reason and number == signal.SIGINT and not self.torchrun:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        self.reason = self.reason or signal.Signals(number).name
 
-    def _watch_parent(self, parent: int):
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        self.reason = self.reason or 'torchrun is gone'
-        time.sleep(20)
+    def _watch_parent(self):
+        while os.getppid() == self.torchrun:
+            time.sleep(0.2)
+        self.reason = self.reason or 'the end of torchrun'
+        time.sleep(self.give_up_seconds)
         os._exit(1)  # a rank that waits for another one that is already gone never comes back to the loop
 
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-def evaluate(model, splits, k: Knobs, device, autocast, rank, world) -> dict[str, float]:
+
+def evaluate(model, splits, k: Knobs, device, autocast, rank, world, stop) -> dict[str, float] | None:
     """Mean loss of 'train' and 'val' over fixed windows, in nats per token; the ranks share the batches.
 
     Each batch's sum of losses is placed in a vector of its own slot before the ranks add theirs, so that the
-    result does not depend on how many ranks there are.
+    result does not depend on how many ranks there are. None if any rank is to stop before the end of it.
     """
     val_windows = len(eval_starts(len(splits['val']), k.block_size, k.eval_iters * k.batch_size)[0])
     losses = {}
@@ -234,9 +256,12 @@ def evaluate(model, splits, k: Knobs, device, autocast, rank, world) -> dict[str
         n_windows = k.eval_iters * k.batch_size if split == 'val' else val_windows
         starts, skip = eval_starts(len(tokens), k.block_size, n_windows)
         n_batches = -(-len(starts) // k.batch_size)
-        sums = torch.zeros(n_batches, dtype=torch.float32, device=device)
+        sums = torch.zeros(n_batches + 1, dtype=torch.float32, device=device)  # the last: ranks that stop
         counts = torch.zeros(n_batches, dtype=torch.float32, device=device)
         for i in range(rank, n_batches, world):
+            if stop.reason:
+                sums[-1] = 1
+                break
             batch = eval_batch(tokens, starts, skip, i, k.batch_size, k.block_size)
             x, y = (torch.from_numpy(a) for a in batch)
             counts[i] = (y != -1).sum()
@@ -245,72 +270,114 @@ def evaluate(model, splits, k: Knobs, device, autocast, rank, world) -> dict[str
         if world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(counts)
-        losses[split] = float(sums.double().cpu().sum() / counts.double().cpu().sum())
+        *sums, stopping = sums.double().tolist()
+        if stopping:
+            break
+        losses[split] = sum(sums) / sum(counts.double().tolist())
     model.train()
-    return losses
+    return None if stopping else losses
 
 
-def blame(model, batches, autocast, world) -> str:
-    """Which tensor went wrong first, on any rank: a weight, a module's output here, or a gradient."""
-    suspects = [(0, f'weight {name}') for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+def blame(model, micro_batches, autocast, rank, world) -> str:
+    """Which tensor went wrong first: a weight, a module's output in this step, or a gradient; on any rank.
+
+    micro_batches: (dropout seed, x, y) of this rank's part of the step, which is computed once more.
+    """
+    places, bad = [], []  # in the order in which they are computed; the same on every rank
+
+    def look(place, *tensors):
+        places.append(place)
+        bad.append(not all(torch.isfinite(t).all() for t in tensors if torch.is_tensor(t)))
+
+    for name, p in model.named_parameters():
+        look(f'weight {name}', p)
     hooks = []
     for name, module in model.named_modules():
+        place = f'the output of {name}' if name else 'the loss'
 
-        def look(module, args, output, name=name):
-            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(t)]
-            if not all(torch.isfinite(t).all() for t in tensors):
-                suspects.append((1, f'the output of {name or "the loss"}'))
+        def after(module, args, output, place=place):
+            look(place, *(output if isinstance(output, tuple) else (output,)))
 
-        hooks.append(module.register_forward_hook(look))
+        hooks.append(module.register_forward_hook(after))
     with torch.no_grad(), autocast():
-        for x, y in batches:
+        for seed, x, y in micro_batches:
+            torch.manual_seed(seed)
             model(x, y)
     for hook in hooks:
         hook.remove()
-    for name, p in model.named_parameters():
-        if p.grad is not None and not torch.isfinite(p.grad).all():
-            suspects.append((2, f'the gradient of {name}'))
-    first = min(suspects, key=lambda s: s[0], default=(3, 'nothing: it was gone on a second look'))
+    for name, p in reversed(list(model.named_parameters())):  # the backward pass begins at the end
+        look(f'the gradient of {name}', p.grad)
+    first = bad.index(True) if True in bad else len(places)
     if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, first)
-        first = min(everyone, key=lambda s: s[0])
-    return first[1]
+        found = torch.tensor(first * world + rank, device=x.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        first, rank = divmod(found.item(), world)
+    if first == len(places):
+        return 'nothing: it was gone on a second look'
+    return places[first] + (f' on rank {rank}' if world > 1 else '')
 
 
 class TrainingError(Exception):
     """Training cannot go on; one line says why."""
 
 
-def resume_knobs(k: Knobs, given: dict, state: dict, say) -> Knobs:
-    """The knobs of the interrupted run, with those given now on top; what must not change is refused."""
-    saved = from_dict(Knobs, state['config'], 'the checkpoint')
+def resume_knobs(k: Knobs, given: dict, say) -> Knobs:
+    """The knobs of the interrupted run, from its run.json, with those given now on top.
+
+    Not from the checkpoint: what is in there never chooses a path that is read.
+    """
+    path = Path(k.out_dir) / metrics.RUN
+    try:
+        saved = from_dict(Knobs, json.loads(path.read_text(encoding='utf-8'))['config'], path)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f'{path}, with the knobs of the run, cannot be read ({type(e).__name__}: {e}): put it back, or '
+            'start another run in another --out_dir'
+        ) from None
     session = {'out_dir', 'init_from', 'overwrite'}  # of this start, not of the run
     merged = replace(saved, **{**given, **{name: getattr(k, name) for name in session}})
     for name in (f.name for f in fields(Knobs) if f.name not in session):
         old, new = getattr(saved, name), getattr(merged, name)
-        if old == new:
-            continue
-        if name in ARCHITECTURE:
-            raise ConfigError(
-                f'{name}={new!r}, but the checkpoint in {k.out_dir} was trained with {name}={old!r}: '
-                'take that, or start another run in another --out_dir'
-            )
-        say(f'resume: {name} is now {new!r}, was {old!r}')
+        if old != new:
+            say(f'resume: {name} is now {new!r}, was {old!r}')
     return merged
 
 
 def refuse_other_data(state: dict, data, config: GPTConfig, out_dir: Path):
-    """A checkpoint goes on only with the tokens, the tokenizer and the shapes it was trained with."""
+    """A checkpoint goes on only with the tokens, the tokenizer and the architecture it was trained with."""
     tokenizer = data.tokenizer_spec and data.tokenizer_spec['fingerprint']
-    found = {'data set': data.fingerprint, 'tokenizer': tokenizer, 'vocab_size': config.vocab_size}
+    found = {'data set': data.fingerprint, 'tokenizer': tokenizer}
     wanted = state['data_fingerprint'], state['tokenizer'] and state['tokenizer']['fingerprint']
-    for (what, now), then in zip(found.items(), (*wanted, state['model_args']['vocab_size']), strict=True):
+    for (what, now), then in zip(found.items(), wanted, strict=True):
         if now != then:
             raise ConfigError(
                 f'the {what} is {str(now)[:12]}, but the checkpoint in {out_dir} was trained with '
                 f'{str(then)[:12]}: give its --dataset, or start another run in another --out_dir'
             )
+    for name, now in asdict(config).items():
+        then = state['model_args'].get(name, now)
+        if now != then and name != 'dropout':
+            raise ConfigError(
+                f'{name}={now!r}, but the checkpoint in {out_dir} was trained with {name}={then!r}: '
+                'take that, or start another run in another --out_dir'
+            )
+
+
+def refuse_unlike_ranks(k: Knobs, data, state: dict | None, device: str):
+    """Ranks on several hosts may see other files: all must start with the same knobs, data and checkpoint."""
+    of_the_host = {'out_dir', 'dataset', 'device', 'threads'}
+    start = {name: value for name, value in asdict(k).items() if name not in of_the_host}
+    tokens = {name: len(split) for name, split in data.splits.items()}
+    saved = state and [state['iter'], state['seconds'], state['best_val_loss']]
+    text = json.dumps([start, tokens, data.meta.get('splits'), saved])
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
+    both = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    if both[0] != -both[1]:
+        raise ConfigError(
+            'the ranks do not start alike: every host needs the same code, knobs and data set, and to resume '
+            f'the same {Path(k.out_dir) / checkpoint.LAST} (a shared folder, or a copy)'
+        )
 
 
 def describe_run(out_dir: Path) -> str:
@@ -330,20 +397,59 @@ def bytes_per_token(data) -> dict[str, float]:
     return {name: split['bytes'] / split['tokens'] for name, split in splits.items() if 'bytes' in split}
 
 
+def say(*args):
+    """Print on rank 0, above the bar. A terminal or a pipe that has gone away does not stop the training."""
+    if os.environ.get('RANK', '0') == '0':
+        with contextlib.suppress(OSError):
+            tqdm.write(' '.join(str(a) for a in args))
+            sys.stdout.flush()
+
+
+class Ranks(NamedTuple):
+    """This process among those that torchrun started: its number, that on its host, and how many they are."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    ddp: bool = False
+    parent: int = 0  # the process id of torchrun
+
+
+def ranks() -> Ranks:
+    if 'RANK' not in os.environ:
+        return Ranks()
+    numbers = [int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
+    return Ranks(*numbers, ddp=True, parent=os.getppid())
+
+
 def main(argv: list[str]) -> int:
+    """Everything that can be refused, before anything is built; then `train`."""
     k, given, files = configure(Knobs, argv, __doc__)
     if not k.out_dir:
         names = [f.stem for f in files] or ['default']
         k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
-    check(k)
+    group = ranks()
+    rank, local_rank, world, ddp, _ = group
 
-    # ranks
-    ddp = 'RANK' in os.environ
-    rank, local_rank, world = (
-        int(os.environ.get(name, default))
-        for name, default in (('RANK', '0'), ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1'))
-    )
-    main_rank = rank == 0
+    # what is in the folder, and what is asked for
+    out_dir = Path(k.out_dir)
+    there = [name for name in RUN_FILES if (out_dir / name).exists()]
+    saved = any(name.endswith('.pt') for name in there)
+    resume = k.init_from == 'resume' or (k.init_from == 'auto' and saved)
+    if resume and not saved:
+        raise ConfigError(
+            f'{out_dir} holds a run that ended before its first save: start over with --overwrite'
+            if there
+            else f'{out_dir} holds no run to resume: start one with --init_from=scratch (the default)'
+        )
+    if there and k.init_from not in ('resume', 'auto') and not k.overwrite:
+        raise ConfigError(
+            f'{out_dir} holds {describe_run(out_dir)}: go on with --init_from=resume, '
+            'start over with --overwrite, or give another --out_dir'
+        )
+    if resume:
+        k = resume_knobs(k, given, say)
+    check(k)
     device = pick_device(k.device, local_rank)
     dtype = pick_dtype(k.dtype, device)
     device_type = device.split(':')[0]
@@ -352,75 +458,72 @@ def main(argv: list[str]) -> int:
             f'gradient_accumulation_steps={k.gradient_accumulation_steps} is the total over all ranks and '
             f'does not divide by {world} ranks: use a multiple of {world}'
         )
-
-    def say(*args):
-        if main_rank:
-            tqdm.write(' '.join(str(a) for a in args))
-
-    # what is in the folder, and what is asked for
-    out_dir = Path(k.out_dir)
-    used = any((out_dir / name).exists() for name in (checkpoint.LAST, metrics.METRICS))
-    resume = k.init_from == 'resume' or (k.init_from == 'auto' and (out_dir / checkpoint.LAST).exists())
-    if k.init_from == 'resume' and not used:
-        raise ConfigError(
-            f'{out_dir} holds no run to resume: start one with --init_from=scratch (the default)'
-        )
-    if used and k.init_from not in ('resume', 'auto') and not k.overwrite:
-        raise ConfigError(
-            f'{out_dir} holds {describe_run(out_dir)}: go on with --init_from=resume, '
-            'start over with --overwrite, or give another --out_dir'
-        )
-    lock = checkpoint.FolderLock(out_dir) if main_rank else None
-    state = checkpoint.load_folder(out_dir) if resume else None
-    source = None  # of weights that others trained
-    if state is not None:
-        k = resume_knobs(k, given, state, say)
-        check(k)
-    elif k.init_from not in STARTS:
-        source = pretrained.read(k.init_from)
-        k = pretrained_knobs(k, given, source.config)
-        check_model(k)
-
-    stop = StopRequest(under_torchrun=ddp)
-    if device_type == 'cuda':
-        torch.cuda.set_device(device)
-    if ddp:
-        backend = {'cuda': 'nccl'}.get(device_type, 'gloo') if k.backend == 'auto' else k.backend
-        dist.init_process_group(backend, timeout=timedelta(seconds=k.dist_timeout))
     if k.threads:
         torch.set_num_threads(k.threads)
     torch.set_float32_matmul_precision('high')
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)
 
-    # data
-    folder = data_folder(k.dataset)
-    if main_rank:
-        prepare_stdlib(folder)
-        data = open_data(folder, k.block_size, k.vocab_size or None)
-    if ddp:
-        dist.barrier()
-    if not main_rank:
-        data = open_data(folder, k.block_size, k.vocab_size or None, verify=False)
-    train_tokens = data.splits['train']
-    vocab_size = -(-data.vocab_size // 64) * 64  # a multiple of 64 is faster; the padding is never sampled
-    config = model_config(k, vocab_size, data.vocab_size)
+    def join():
+        if ddp:
+            backend = {'cuda': 'nccl'}.get(device_type, 'gloo') if k.backend == 'auto' else k.backend
+            dist.init_process_group(backend, timeout=timedelta(seconds=k.dist_timeout))
+            dist.barrier()
+
+    with checkpoint.FolderLock(out_dir) if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and there != [name for name in RUN_FILES if (out_dir / name).exists()]:
+            raise ConfigError(f'{out_dir}: another run has been at work here just now; start again')
+        # rank 0 goes first: what is wrong is said once, and the others find everything prepared and verified
+        if rank != 0:
+            join()
+        state = checkpoint.load_folder(out_dir) if resume else None
+        source = None  # of weights that others trained
+        if not resume and k.init_from not in STARTS:
+            source = pretrained.read(k.init_from)
+            k = pretrained_knobs(k, given, source.config)
+            check_model(k)
+        folder = data_folder(k.dataset)
+        if rank == 0:
+            prepare_stdlib(folder)
+        data = open_data(folder, k.block_size, k.vocab_size or None, verify=rank == 0)
+        vocab_size = -(-data.vocab_size // 64) * 64  # a multiple of 64 is faster; padding is never sampled
+        config = model_config(k, vocab_size, data.vocab_size)
+        if rank == 0:
+            if state is not None:
+                refuse_other_data(state, data, config, out_dir)
+            join()
+        if ddp:
+            refuse_unlike_ranks(k, data, state, device)
+        return train(k, argv, group, config, data, state, source, device, dtype)
+
+
+def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, device, dtype) -> int:
+    """The training loop; returns the exit status. state: of the checkpoint to go on from, or None."""
+    rank, local_rank, world, ddp, parent = group
+    main_rank = rank == 0
+    device_type = device.split(':')[0]
+    out_dir = Path(k.out_dir)
+    resumed = state is not None
 
     # model and optimizer
     model = GPT(config, seed=k.seed).to(device)
     optimizer = model.configure_optimizers(k.weight_decay, k.learning_rate, (k.beta1, k.beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    it, best_val_loss, seconds = 0, math.inf, 0.0
+    it, best_val_loss, seconds, evaluated = 0, math.inf, 0.0, False
+    watches = {name: metrics.SpikeWatch() for name in ('loss', 'grad_norm')}
     if source is not None:
         rows = pretrained.copy_weights(model, source, other_tokens(data, source))
         say(f'from {source.folder}:\n{pretrained.copy_table(rows)}')
         source = None  # frees the weights
-    if state is not None:
-        refuse_other_data(state, data, config, out_dir)
+    if resumed:
         model.load_state_dict(state['model'])
-        optimizer.load_state_dict(state['optimizer'])
+        groups = optimizer.state_dict()['param_groups']  # of the knobs as they are now
+        optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         scaler.load_state_dict(state['scaler'])
         it, best_val_loss, seconds = state['iter'], state['best_val_loss'], state['seconds']
-    evaluated = state is not None and state['evaluated']
-    state = None  # frees the copy
+        evaluated = state['evaluated'] and not k.eval_only
+        watches = {name: metrics.SpikeWatch(**state['watches'][name]) for name in watches}
+        state = None  # frees the copy
 
     def autocast():
         return autocast_for(device, dtype)
@@ -442,10 +545,10 @@ def main(argv: list[str]) -> int:
     tokens_per_step = k.gradient_accumulation_steps * k.batch_size * k.block_size
     flops_per_token = model.flops_per_token()
     peak = metrics.peak_flops(device)
-    log = wandb = None
-    if main_rank:
-        if k.overwrite and not resume:
-            for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST, metrics.METRICS, metrics.RUN):
+    recorded = main_rank and not k.eval_only  # an evaluation leaves the run as it is
+    if recorded:
+        if not resumed:  # nothing is here, or it is told to go
+            for name in RUN_FILES:
                 (out_dir / name).unlink(missing_ok=True)
         checkpoint.remove_stale(out_dir)
         run = {
@@ -462,7 +565,7 @@ def main(argv: list[str]) -> int:
                 'cache_bytes_per_token': model.cache_bytes_per_token(),
                 'state_bytes': model.state_bytes(),
                 'kv_heads': [list(block.attn.heads_produced()) for block in model.transformer.h],
-                'vocab_size': vocab_size,
+                'vocab_size': config.vocab_size,
             },
             'data': {
                 'folder': k.dataset,
@@ -473,22 +576,26 @@ def main(argv: list[str]) -> int:
             'tokens_per_step': tokens_per_step,
             'status': 'running',
         }
-        log = metrics.Metrics(out_dir, run, resume_iter=it if resume else 0)
+        log = metrics.Metrics(out_dir, run, resume_iter=it if resumed else None)
+        saver = checkpoint.Saver(out_dir, before=log.sync)
         name = k.wandb_run_name or out_dir.name
         wandb = metrics.Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)
-        say(
-            f'{out_dir}: {k.attention}{" " + k.head_split if k.attention == "reflex" else ""}, '
-            f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, '
-            f'{model.num_params() / 1e6:.2f}M parameters; {tokens_per_step:,} tokens per step; '
-            f'{device} {dtype}, {world} rank{"s" * (world > 1)}'
-        )
-
-    saver = checkpoint.Saver(out_dir)
-    last_save, last_save_time = it, time.monotonic()
+    say(
+        f'{out_dir}: {k.attention}{" " + k.head_split if k.attention == "reflex" else ""}, '
+        f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, '
+        f'{model.num_params() / 1e6:.2f}M parameters; {tokens_per_step:,} tokens per step; '
+        f'{device} {dtype}, {world} rank{"s" * (world > 1)}{f"; from iteration {it}" if resumed else ""}'
+    )
+    if resumed and evaluated and it >= k.max_iters:
+        say(f'all {k.max_iters} iterations of this run are done: a higher --max_iters goes on')
+    last_save, last_save_time = it if resumed else None, time.monotonic()
 
     def save(best: bool = False):
         nonlocal last_save, last_save_time
-        last_save, last_save_time = it, time.monotonic()
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+            raise TrainingError(
+                f'iteration {it}: the last update made weights inf or nan; they were not saved. {go_back()}'
+            )
         if main_rank:
             saver.save(
                 {
@@ -499,6 +606,7 @@ def main(argv: list[str]) -> int:
                     'iter': it,
                     'evaluated': evaluated,
                     'best_val_loss': best_val_loss,
+                    'watches': {name: asdict(watch) for name, watch in watches.items()},
                     'seconds': seconds,
                     'config': asdict(k),
                     'tokenizer': data.tokenizer_spec,
@@ -506,37 +614,56 @@ def main(argv: list[str]) -> int:
                 },
                 best,
             )
+        last_save, last_save_time = it, time.monotonic()
+
+    def go_back() -> str:
+        last = f'{out_dir / checkpoint.LAST} is of iteration {last_save}'
+        last = 'Nothing was saved yet' if last_save is None else last
+        return f'{last}; a lower learning_rate or a longer warm-up is the usual mend'
 
     micro_steps = k.gradient_accumulation_steps // world  # of this rank
 
     def fetch(step: int, j: int):
         micro = j * world + rank
-        batch = get_batch(train_tokens, k.seed, step, micro, k.batch_size, k.block_size)
+        batch = get_batch(data.splits['train'], k.seed, step, micro, k.batch_size, k.block_size)
         x, y = (torch.from_numpy(a) for a in batch)
         if device_type == 'cuda':  # pinned, so that the copy runs beside the computation
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
 
+    x, y = fetch(it, 0)
+    if ddp and not k.eval_only:
+        # DDP orders its buckets by the first backward pass: here by one whose gradients are dropped, so that
+        # a resumed run adds the ranks' gradients up in the same order from its first step on.
+        with autocast():
+            trained(x, y)[1].backward()
+        optimizer.zero_grad(set_to_none=True)
     bar = tqdm(total=k.max_iters, initial=it, unit='it', disable=not (main_rank and sys.stderr.isatty()))
     plain = main_rank and bar.disable
-    x, y = fetch(it, 0)
-    logged_it, logged_seconds, status, exit_code = it, seconds, 'failed', 1
+    logged_it, logged_seconds = it, seconds
+    stop = StopRequest(parent, give_up_seconds=k.dist_timeout)
+    status = 'failed'
     try:
         while True:
             done = it >= k.max_iters or k.eval_only
             if (it % k.eval_interval == 0 or done) and not evaluated:
-                losses = evaluate(compiled, data.splits, k, device, autocast, rank, world)
-                evaluated = True
-                best = losses['val'] < best_val_loss
-                best_val_loss = min(best_val_loss, losses['val'])
-                record = {'iter': it, 'train/loss': losses['train'], 'val/loss': losses['val']}
-                if main_rank:
-                    log.log({**record, 'tokens': it * tokens_per_step, 'seconds': round(seconds, 3)})
-                    wandb.log(record)
-                say(f'iter {it:>6}: train {losses["train"]:.4f}, val {losses["val"]:.4f}')
-                if it > 0 and not k.eval_only:
-                    save(best)
-            interval = k.checkpoint_interval and it % k.checkpoint_interval == 0
+                losses = evaluate(compiled, data.splits, k, device, autocast, rank, world, stop)
+                if losses is None:
+                    stop.agreed = True  # the resumed run evaluates here
+                else:
+                    say(f'iter {it:>6}: train {losses["train"]:.4f}, val {losses["val"]:.4f}')
+                    if not all(math.isfinite(loss) for loss in losses.values()):
+                        raise TrainingError(f'iteration {it}: the evaluation gives {losses}. {go_back()}')
+                    evaluated = True
+                    best = losses['val'] < best_val_loss
+                    best_val_loss = min(best_val_loss, losses['val'])
+                    record = {'iter': it, 'train/loss': losses['train'], 'val/loss': losses['val']}
+                    if recorded:
+                        log.log({**record, 'tokens': it * tokens_per_step, 'seconds': round(seconds, 3)})
+                        wandb.log(record)
+                    if (it > 0 or done) and not k.eval_only:
+                        save(best)
+            interval = it and k.checkpoint_interval and it % k.checkpoint_interval == 0
             minutes = k.checkpoint_minutes and time.monotonic() - last_save_time > 60 * k.checkpoint_minutes
             if (interval or minutes or done or stop.agreed) and it != last_save and not k.eval_only:
                 save()
@@ -559,20 +686,24 @@ def main(argv: list[str]) -> int:
                 loss_sum += loss.detach()
                 x, y = fetch(it, j + 1) if j + 1 < micro_steps else fetch(it + 1, 0)
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), k.grad_clip or math.inf)
-            report = torch.stack([loss_sum / micro_steps, loss_sum.new_tensor(float(bool(stop.reason)))])
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            stopping = bool(stop.reason) or (recorded and saver.error is not None)
+            report = torch.stack([loss_sum / micro_steps, loss_sum.new_tensor(float(stopping))])
             if ddp:
                 dist.all_reduce(report)
-            loss, stopping = (report / world).tolist()  # the one time that a step waits for the device
-            grad_norm = grad_norm.item()
-            # the loss scaler looks for overflowing gradients itself, and skips those steps
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                where = blame(model, [fetch(it, j) for j in range(micro_steps)], autocast, world)
+            # the one time that a step waits for the device
+            loss, stopping, norm = torch.cat([report / world, grad_norm[None]]).tolist()
+            # the loss scaler lowers its scale where gradients overflow and skips the step, down to a limit
+            skipped = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 2**-14
+            if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+                seeds = [dropout_seed(k.seed, it, j * world + rank) for j in range(micro_steps)]
+                again = [(seed, *fetch(it, j)) for j, seed in enumerate(seeds)]
                 raise TrainingError(
-                    f'iteration {it}: loss {loss}, gradient norm {grad_norm}; first not finite: {where}. '
-                    f'The update was not made; {out_dir / checkpoint.LAST} is of iteration {last_save}. '
-                    'A lower learning_rate or a longer warm-up is the usual mend'
+                    f'iteration {it}: loss {loss}, gradient norm {norm}; first not finite: '
+                    f'{blame(model, again, autocast, rank, world)}. The update was not made. {go_back()}'
                 )
+            if k.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), k.grad_clip, grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -581,13 +712,19 @@ def main(argv: list[str]) -> int:
             seconds += time.perf_counter() - started
             bar.update()
 
+            for name, value in {'loss': loss, 'grad_norm': norm}.items():
+                usual = watches[name].look(value)
+                if usual is not None:
+                    say(f'warning: iter {it}: {name} {value:.4g} stands out, {usual:.4g} is usual')
+                    if recorded:
+                        log.log({'iter': it, 'event': 'spike', 'what': name, 'value': value, 'usual': usual})
             if it == 1 or it % k.log_interval == 0:
                 tokens_per_s = (it - logged_it) * tokens_per_step / (seconds - logged_seconds)
                 logged_it, logged_seconds = it, seconds
                 mfu = tokens_per_s * flops_per_token / (peak * world) if peak else None
-                record = {'iter': it, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm}
+                record = {'iter': it, 'loss': loss, 'lr': lr, 'grad_norm': norm}
                 record |= {'tokens_per_s': round(tokens_per_s, 1), 'mfu': mfu}
-                if main_rank:
+                if recorded:
                     log.log({**record, 'tokens': it * tokens_per_step, 'seconds': round(seconds, 3)})
                     wandb.log({key: value for key, value in record.items() if value is not None})
                 shown = f'{tokens_per_s:,.0f} tokens/s' + (f', MFU {mfu:.1%}' if mfu else '')
@@ -595,19 +732,22 @@ def main(argv: list[str]) -> int:
                 if plain:
                     left = (k.max_iters - it) * (seconds / max(1, it))
                     say(f'iter {it:>6}: loss {loss:.4f}, lr {lr:.2e}, {shown}, {left / 60:.1f} min left')
-        saver.wait()
-        status, exit_code = ('finished', 0) if done else ('stopped', 0)
+        if recorded:
+            saver.wait()
+        status = 'finished' if done and evaluated else 'stopped'
     finally:
         bar.close()
-        if main_rank:
-            with contextlib.suppress(checkpoint.CheckpointError):
-                saver.wait()
+        stop.close()
+        if recorded:
             memory = metrics.peak_memory(device)
-            log.update(status=status, iter=it, seconds=round(seconds, 3), peak_memory_bytes=memory)
-            log.close()
+            end = {'status': status, 'iter': it, 'seconds': round(seconds, 3), 'peak_memory_bytes': memory}
             wandb.summary({'status': status, 'best_val_loss': best_val_loss, 'peak_memory_bytes': memory})
-            wandb.finish(exit_code)
-            lock.release()
+            wandb.finish(exit_code=int(status == 'failed'))
+            # after a failure, which has its own message, what goes wrong here is no news
+            with contextlib.suppress(*[checkpoint.CheckpointError] * (status == 'failed')):
+                saver.wait(k.dist_timeout)
+                log.update(**end)
+            log.close()
     if status == 'stopped':
         say(f'stopped by {stop.reason or "another rank"} at iteration {it}; go on with --init_from=resume')
     elif k.sample_tokens and main_rank and data.tokenizer_spec:
@@ -620,7 +760,7 @@ def main(argv: list[str]) -> int:
         print()
     if ddp:
         dist.destroy_process_group()
-    return exit_code
+    return 0
 
 
 ERRORS = (
@@ -632,9 +772,30 @@ ERRORS = (
     pretrained.PretrainedError,
 )
 
-if __name__ == '__main__':
+
+def run(argv: list[str]):
+    """main as a program: a line instead of a traceback where the user can mend it, then the process ends.
+
+    At once, whatever still runs: a rank that failed must not linger beside a writer's thread, wandb or a
+    process group whose other ranks are gone, since torchrun ends those when this one is gone.
+    """
+    rank = os.environ.get('RANK', '0')
+    status = 1
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(argv)
     except ERRORS as e:
-        print(f'train.py: {e}', file=sys.stderr)
-        sys.exit(2)
+        status = 2
+        if rank == '0' or not isinstance(e, TrainingError):  # which all ranks raise alike
+            print(f'train.py{f" (rank {rank})" * (rank != "0")}: {e}', file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == '__main__':
+    run(sys.argv[1:])

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_model import SMALL, check_against_reference, read_plan, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
+from test_model import SMALL, check_against_reference, read_plan, tokens
 
 VARIANTS = {
     'own keys, values 4-2-2': {'attention': 'reflex', 'head_split': '8/4-2-2'},

@@ -1,0 +1,725 @@
+"""One process: whatever happens to a run, it resumes bit for bit, and what cannot work is told in one line."""
+
+import errno
+import io
+import json
+import os
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import metrics
+import runs
+import sample
+import train
+from checkpoint import BEST, LAST, PREVIOUS, CheckpointError
+from configurator import ConfigError
+from runs import (
+    assert_same_run,
+    flags,
+    happening,
+    kill_me,
+    lines,
+    resume,
+    start,
+    status,
+    write_tokens,
+)
+from tokendata import DataError
+from tokenizer import Chars, TokenizerError
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp('tokens'))
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory, data):
+    """A run of 12 steps that nothing happened to."""
+    out = tmp_path_factory.mktemp('straight')
+    assert start(out, data) == 0
+    return out
+
+
+# ---- resume
+
+
+def test_n_steps_and_n_more_are_2n_steps(tmp_path, data, straight):
+    start(tmp_path, data, max_iters=5, lr_decay_iters=12)  # 5 is an evaluation of the long run too
+    resume(tmp_path, max_iters=12)
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_saves_after_the_step_in_hand(tmp_path, data, straight, number, capsys):
+    before = signal.getsignal(number)
+    with happening(6, partial(kill_me, number)):
+        assert start(tmp_path, data) == 0
+    assert checkpoint.load(tmp_path / LAST)['iter'] == 7  # no evaluation there, nor in the straight run
+    assert status(tmp_path) == 'stopped' and lines(tmp_path)[-1]['iter'] == 7
+    assert (
+        f'stopped by {number.name} at iteration 7; go on with --init_from=resume' in capsys.readouterr().out
+    )
+    assert signal.getsignal(number) is before
+    resume(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, data):
+    def twice():
+        kill_me(signal.SIGINT)
+        kill_me(signal.SIGINT)
+
+    with happening(6, twice), pytest.raises(KeyboardInterrupt):
+        start(tmp_path, data)
+    assert checkpoint.load(tmp_path / LAST)['iter'] == 5 and status(tmp_path) == 'failed'
+
+
+def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(tmp_path, data, straight, monkeypatch):
+    batches, real = [], train.eval_batch
+
+    def eval_batch(*args):
+        batches.append(args)
+        if len(batches) == 6:  # 4 batches at iteration 0, then 2 of train, 2 of val at 5
+            kill_me(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, 'eval_batch', eval_batch)
+    assert start(tmp_path, data) == 0
+    assert len(batches) == 6
+    assert checkpoint.load(tmp_path / LAST)['iter'] == 5 and 'val/loss' not in lines(tmp_path)[-1]
+    resume(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_evaluation_settings_do_not_change_the_training(tmp_path, data, straight):
+    start(tmp_path, data, eval_interval=3, eval_iters=1)
+    training = [[r for r in lines(out) if 'loss' in r] for out in (straight, tmp_path)]
+    assert len(training[0]) == 12 and training[0] == training[1]
+
+
+def test_the_last_steps_are_saved_and_best_is_the_minimum(tmp_path, data):
+    start(tmp_path, data, max_iters=33, eval_interval=4, learning_rate=0.5, decay_lr=False)
+    evaluations = {r['iter']: r['val/loss'] for r in lines(tmp_path) if 'val/loss' in r}
+    last, best = (checkpoint.load(tmp_path / name) for name in (LAST, BEST))
+    assert last['iter'] == 33 and checkpoint.load(tmp_path / PREVIOUS)['iter'] == 32
+    assert best['iter'] == min(evaluations, key=evaluations.get) < 33  # too high a rate: it got worse again
+    assert best['best_val_loss'] == last['best_val_loss'] == min(evaluations.values())
+
+
+def test_resume_of_a_finished_run_makes_no_step(tmp_path, data, capsys):
+    start(tmp_path, data)
+    before = {name: (tmp_path / name).read_bytes() for name in (LAST, PREVIOUS, BEST, metrics.METRICS)}
+    steps = []
+    with happening(12, lambda: steps.append(12)):
+        assert resume(tmp_path) == 0
+    assert not steps and before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert status(tmp_path) == 'finished'
+    assert 'all 12 iterations of this run are done: a higher --max_iters goes on' in capsys.readouterr().out
+
+
+def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys):
+    start(tmp_path, data, max_iters=5)
+    resume(tmp_path, max_iters=6, weight_decay=0.3, beta2=0.9, dropout=0.0)
+    out = capsys.readouterr().out
+    for line in (
+        'weight_decay is now 0.3, was 0.1',
+        'beta2 is now 0.9, was 0.98',
+        'dropout is now 0.0, was 0.1',
+    ):
+        assert f'resume: {line}' in out
+    saved = checkpoint.load(tmp_path / LAST)
+    groups = saved['optimizer']['param_groups']
+    assert [g['weight_decay'] for g in groups] == [0.3, 0.0] and groups[0]['betas'] == (0.9, 0.9)
+    assert saved['config']['weight_decay'] == 0.3
+    resume(tmp_path, max_iters=7)  # they stay
+    assert checkpoint.load(tmp_path / LAST)['config']['weight_decay'] == 0.3
+
+
+@pytest.mark.parametrize(
+    'knobs, line',
+    [
+        ({'n_embd': 64}, 'n_embd=64, but the checkpoint in {out} was trained with n_embd=32'),
+        (
+            {'head_split': '3-1'},
+            "head_split='3-1', but the checkpoint in {out} was trained with head_split='2-1-1'",
+        ),
+        ({'dataset': 'other tokens'}, 'the data set is '),
+        ({'dataset': 'other tokenizer'}, 'the tokenizer is '),
+    ],
+    ids=['n_embd', 'head_split', 'data', 'tokenizer'],
+)
+def test_another_architecture_tokenizer_or_data_set_is_refused(
+    tmp_path, data, straight, knobs, line, monkeypatch
+):
+    monkeypatch.setattr(train, 'GPT', None)  # refused before the model is built
+    if 'dataset' in knobs:
+        same = {'seed': 0, 'tokenizer': Chars([chr(i + 33) for i in range(257)])}
+        other = {'seed': 1} if knobs['dataset'] == 'other tokens' else same
+        knobs = {'dataset': write_tokens(tmp_path / 'data', **other)}
+    with pytest.raises(ConfigError, match='start another run in another --out_dir') as error:
+        resume(straight, **knobs)
+    assert str(error.value).startswith(line.format(out=straight)) and '\n' not in str(error.value)
+    assert status(straight) == 'finished'
+
+
+def test_the_checkpoint_does_not_choose_what_is_read(tmp_path, data, straight):
+    start(tmp_path, data, max_iters=5, lr_decay_iters=12)
+    state = checkpoint.load(tmp_path / LAST)
+    state['config']['dataset'] = '/somewhere/else'
+    torch.save(state, tmp_path / LAST)
+    resume(tmp_path, max_iters=12)
+    assert_same_run(straight, tmp_path)
+
+
+def test_auto_starts_or_resumes(tmp_path, data, straight):
+    out = tmp_path / 'run'
+    with happening(2, partial(kill_me, signal.SIGTERM)):
+        start(out, data, init_from='auto')  # nothing is there
+    with happening(7, partial(kill_me, signal.SIGTERM)):
+        start(out, data, init_from='auto')
+    assert start(out, data, init_from='auto') == 0
+    assert_same_run(straight, out)
+    assert start(out, data, init_from='auto') == 0  # a requeue of the finished run
+    assert_same_run(straight, out)
+
+
+def test_auto_starts_over_where_nothing_was_saved(tmp_path, data, straight):
+    with happening(2, _raise(RuntimeError)), pytest.raises(RuntimeError):
+        start(tmp_path, data)
+    assert lines(tmp_path) and not (tmp_path / LAST).exists()
+    with pytest.raises(ConfigError, match='ended before its first save: start over with --overwrite'):
+        resume(tmp_path)
+    start(tmp_path, data, init_from='auto')
+    assert_same_run(straight, tmp_path)
+
+
+def test_auto_does_not_start_over_where_only_the_last_checkpoint_is_missing(tmp_path, data):
+    start(tmp_path, data)
+    (tmp_path / LAST).unlink()
+    with pytest.raises(
+        CheckpointError, match=r'last\.pt does not exist; whole: .*previous\.pt \(iteration 10\)'
+    ):
+        start(tmp_path, data, init_from='auto')
+
+
+def test_a_used_folder_is_refused_unless_told(tmp_path, data, straight):
+    start(tmp_path, data, max_iters=7, dropout=0.0)
+    with pytest.raises(ConfigError) as error:
+        start(tmp_path, data)
+    assert str(error.value) == (
+        f'{tmp_path} holds a finished run (7 of 7 iterations): go on with --init_from=resume, '
+        'start over with --overwrite, or give another --out_dir'
+    )
+    with pytest.raises(ConfigError, match='give one of them'):
+        resume(tmp_path, overwrite=True)
+    start(tmp_path, data, overwrite=True)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path, data):
+    refused = []
+
+    def second():
+        with pytest.raises(CheckpointError) as error:
+            start(tmp_path, data, init_from='auto')
+        refused.append(str(error.value))
+
+    with happening(6, second):
+        assert start(tmp_path, data) == 0
+    assert refused[0].startswith(f'{tmp_path} is in use by another run (process {os.getpid()} on ')
+    assert refused[0].endswith('wait for it, stop it, or give another --out_dir')
+    assert resume(tmp_path) == 0  # the lock is gone with its run
+
+
+def test_the_lock_dies_with_its_process(tmp_path, data):
+    argv = flags(tmp_path, dataset=data, **runs.TINY)
+    assert (
+        runs.Program(argv, tmp_path / 'log', fault=partial(runs.at_step, 6, kill_me)).end() == -signal.SIGKILL
+    )
+    with checkpoint.FolderLock(tmp_path):
+        pass
+
+
+# ---- saving
+
+
+class TornWriter(io.RawIOBase):
+    """A file that lets `limit` bytes pass and then does `action`, once or at every further write."""
+
+    def __init__(self, path, limit, action):
+        super().__init__()
+        self.file, self.left, self.action = open(path, 'wb'), limit, action
+
+    def write(self, chunk):
+        if len(chunk) > self.left:
+            self.file.write(bytes(chunk)[: self.left])
+            self.file.flush()
+            self.left = 0
+            self.action()
+            self.left = 2**60
+        self.left -= len(chunk)
+        self.file.write(chunk)
+        self.file.flush()
+        return len(chunk)
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+def _raise(error, *args):
+    def action():
+        raise error(*args)
+
+    return action
+
+
+def _kill_in_save(point):
+    """Fault for a process: SIGKILL within the save of iteration 10, at a byte of the file or a later step."""
+    saves, write, link, replace = [], checkpoint.save, checkpoint._link, os.replace
+
+    def second_save():
+        return len(saves) == 2
+
+    def save(*args):
+        saves.append(args)
+        write(*args)
+
+    def opened(path, mode='r', **kwargs):
+        if second_save() and mode == 'wb' and isinstance(point, int):
+            return TornWriter(path, point, kill_me)
+        return open(path, mode, **kwargs)
+
+    def linked(source, target):
+        link(source, target)
+        if second_save() and target.name == point:
+            kill_me()
+
+    def replaced(source, target):
+        if second_save() and point == 'before replace' and Path(target).name == LAST:
+            kill_me()
+        replace(source, target)
+        if second_save() and point == 'after replace' and Path(target).name == LAST:
+            kill_me()
+
+    checkpoint.save, checkpoint.open, checkpoint._link = save, opened, linked
+    checkpoint.os.replace = replaced
+
+
+@pytest.mark.parametrize('point', [0, 5000, 100_000, BEST, PREVIOUS, 'before replace', 'after replace'])
+def test_a_kill_within_a_save_leaves_a_whole_checkpoint(tmp_path, data, straight, point):
+    out = tmp_path / 'run'
+    program = runs.Program(
+        flags(out, dataset=data, **runs.TINY), tmp_path / 'log', fault=partial(_kill_in_save, point)
+    )
+    assert program.end() == -signal.SIGKILL, program.text()
+    assert checkpoint.load(out / LAST)['iter'] == (10 if point == 'after replace' else 5)
+    assert checkpoint.load(out / BEST)['iter'] in (5, 10)
+    assert bool(list(out.glob('*.tmp-*'))) == (point != 'after replace')
+    resume(out)
+    assert not list(out.glob('*.tmp-*'))
+    assert_same_run(straight, out)
+
+
+def test_a_full_disk_leaves_the_checkpoint_and_stops_the_run(tmp_path, data, straight, monkeypatch):
+    saves = []
+
+    def opened(path, mode='r', **kwargs):
+        if mode == 'wb':
+            saves.append(path)
+            if len(saves) == 2:
+                return TornWriter(path, 5000, _raise(OSError, errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return open(path, mode, **kwargs)
+
+    monkeypatch.setattr(checkpoint, 'open', opened, raising=False)
+    with pytest.raises(CheckpointError) as error:
+        start(tmp_path, data, max_iters=1000, lr_decay_iters=12, checkpoint_interval=400)
+    line = str(error.value)
+    assert line.startswith(f'{tmp_path / LAST} could not be written: the disk is full (') and '\n' not in line
+    assert line.endswith('the checkpoint before it is whole: make room and go on with --init_from=resume')
+    assert lines(tmp_path)[-1]['iter'] < 100  # it did not wait for the next save to notice
+    assert len(saves) == 2 and not list(tmp_path.glob('*.tmp-*'))
+    assert checkpoint.load(tmp_path / LAST)['iter'] == 5 and status(tmp_path) == 'failed'
+    monkeypatch.undo()
+    resume(tmp_path, max_iters=12)
+    assert_same_run(straight, tmp_path)
+
+
+def _limit_file_size():
+    import resource  # POSIX has it
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the kernel's own refusal
+
+    runs.at_step(6, limit)
+
+
+def test_a_file_size_limit_leaves_the_checkpoint(tmp_path, data):
+    out = tmp_path / 'run'
+    program = runs.Program(flags(out, dataset=data, **runs.TINY), tmp_path / 'log', fault=_limit_file_size)
+    assert program.end() == 2
+    assert 'last.pt could not be written: it would pass the limit on file sizes (ulimit -f)' in program.text()
+    assert 'Traceback' not in program.text()
+    assert checkpoint.load(out / LAST)['iter'] == 5 and not list(out.glob('*.tmp-*'))
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_metrics_on_a_full_disk_say_so(tmp_path):
+    log = metrics.Metrics(tmp_path, {})
+    log.file = open('/dev/full', 'w', encoding='utf-8')
+    with pytest.raises(CheckpointError, match=r'metrics\.jsonl could not be written: the disk is full'):
+        log.log({'iter': 1, 'loss': 2.0})
+    log.file = io.StringIO()
+
+
+def test_training_goes_on_while_a_write_hangs(tmp_path, data, monkeypatch):
+    """It waits for a copy of the weights only: 4 more steps are made before the disk takes the first byte."""
+    go_on, write, saved = threading.Event(), checkpoint.save, []
+
+    def save(state, *args):
+        assert go_on.wait(60)
+        saved.append(float(state['model']['lm_head.weight'].sum()))
+        write(state, *args)
+
+    monkeypatch.setattr(checkpoint, 'save', save)
+    seen = []
+    with happening(9, lambda: (seen.append(len(saved)), go_on.set())):
+        start(tmp_path, data, checkpoint_interval=5)
+    assert seen == [0]
+    kept = checkpoint.load(tmp_path / PREVIOUS)  # of iteration 10; the copy was not touched by later steps
+    assert kept['iter'] == 10 and saved[1] == float(kept['model']['lm_head.weight'].sum()) != saved[0]
+
+
+def test_the_copy_is_exact_private_and_reused():
+    saver = checkpoint.Saver('.')
+    weight = torch.randn(4, 3)
+    state = {'tied': weight, 'again': weight, 'nest': [{'step': torch.tensor(3.0)}, (1, 'x')], 'n': None}
+    one = saver._copy(state)
+    runs.assert_equal(one, state)
+    assert one['tied'] is one['again'] and one['tied'].data_ptr() != weight.data_ptr()
+    weight.add_(1)
+    assert not torch.equal(one['tied'], weight)
+    memory = one['tied'].data_ptr()
+    two = saver._copy(state)
+    assert two['tied'].data_ptr() == memory and torch.equal(two['tied'], weight)
+
+
+def test_saves_by_iterations_and_by_time(tmp_path, data, monkeypatch):
+    saved, write = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, 'save', lambda s, *args: (saved.append(s['iter']), write(s, *args)))
+    start(tmp_path / 'a', data, checkpoint_interval=3)
+    assert saved == [3, 5, 6, 9, 10, 12]
+    saved.clear()
+    clock = iter(range(0, 100_000, 20))  # a look at it takes 20 s
+    monkeypatch.setattr(train.time, 'monotonic', lambda: next(clock))
+    start(tmp_path / 'b', data, eval_interval=100, checkpoint_minutes=1.5)
+    assert saved == [4, 9, 12]  # more than 90 s after the save before, and at the end
+
+
+def test_a_run_of_no_steps_is_saved(tmp_path, data, straight):
+    start(tmp_path, data, max_iters=0, lr_decay_iters=12)
+    assert checkpoint.load(tmp_path / LAST)['iter'] == 0
+    resume(tmp_path, max_iters=12)
+    assert lines(tmp_path) == lines(straight)
+
+
+def test_evaluation_only_leaves_the_run_as_it_is(tmp_path, data, capsys):
+    start(tmp_path, data)
+    shown = [line for line in capsys.readouterr().out.splitlines() if 'val' in line][-1]
+    files = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != '.lock'}
+    assert resume(tmp_path, eval_only=True) == 0
+    assert shown in capsys.readouterr().out
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != '.lock'}
+
+
+# ---- reading
+
+
+def test_every_flipped_bit_is_found_or_harmless(tmp_path, straight):
+    whole = (straight / LAST).read_bytes()
+    state, path = checkpoint.load(straight / LAST), tmp_path / LAST
+    found = 0
+    for i, place in enumerate(
+        [*range(0, len(whole), len(whole) // 200), *range(len(whole) - 60, len(whole), 7)]
+    ):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        try:
+            runs.assert_equal(checkpoint.load(path), state)  # padding between the records
+        except CheckpointError as e:
+            assert str(path) in str(e) and '\n' not in str(e)
+            found += 1
+    assert found > 150
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'empty', 'HTML', 'flipped bit', 'another program'])
+def test_a_damaged_checkpoint_is_one_line_with_the_file_to_fall_back_on(tmp_path, straight, kind):
+    for name in (LAST, PREVIOUS, metrics.RUN):
+        (tmp_path / name).write_bytes((straight / name).read_bytes())
+    whole = (straight / LAST).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    text = io.BytesIO()
+    torch.save({'model_state_dict': {}}, text)
+    content, why = {
+        'truncated': (
+            whole[: len(whole) // 2],
+            r'\([\d,]+ bytes, beginning .* is cut short or no checkpoint',
+        ),
+        'empty': (b'', 'is empty'),
+        'HTML': (b'<!DOCTYPE html><title>404</title>', r"beginning b'<!DOCTYPE html>.*no checkpoint at all"),
+        'flipped bit': (bytes(flipped), 'is damaged: the checksum of its record .* does not match'),
+        'another program': (
+            text.getvalue(),
+            'is not a checkpoint of this project: it has no model, model_args',
+        ),
+    }[kind]
+    (tmp_path / LAST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=why) as error:
+        resume(tmp_path)
+    fallback = tmp_path / PREVIOUS
+    mend = f'; whole: {fallback} (iteration 10): copy one to {tmp_path / LAST} to go on from there'
+    assert str(error.value).startswith(str(tmp_path / LAST)) and str(error.value).endswith(mend)
+    assert '\n' not in str(error.value)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.putenv, ('OWNED_BY_A_CHECKPOINT', '1')
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, straight):
+    state = checkpoint.load(straight / LAST)
+    torch.save({**state, 'iter': Malice()}, tmp_path / LAST)
+    with pytest.raises(CheckpointError, match=r'last\.pt is not a checkpoint of this project') as error:
+        checkpoint.load(tmp_path / LAST)
+    assert '\n' not in str(error.value)
+    torch.save(Malice(), tmp_path / LAST, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r'last\.pt .* is cut short or no checkpoint at all'):
+        checkpoint.load(tmp_path / LAST)
+
+
+def test_a_checkpoint_of_another_tokenizer_is_not_read(tmp_path, straight):
+    state = checkpoint.load(straight / LAST)
+    state['tokenizer']['fingerprint'] = 'f' * 64
+    torch.save(state, tmp_path / LAST)
+    with pytest.raises(TokenizerError, match='fingerprint'):
+        sample.main([f'--out_dir={tmp_path}'])
+
+
+# ---- values that are not finite
+
+
+@pytest.mark.parametrize('where', ['output', 'gradient', 'weight', 'inf'])
+def test_a_value_that_is_not_finite_stops_before_the_update(tmp_path, data, straight, where, monkeypatch):
+    built, real = [], train.GPT
+    monkeypatch.setattr(
+        train, 'GPT', lambda *args, **kwargs: built.append(real(*args, **kwargs)) or built[-1]
+    )
+
+    def poison():
+        block = built[0].transformer.h[1]
+        if where == 'output':
+            block.mlp.gelu.register_forward_hook(lambda module, args, output: output * float('nan'))
+        elif where == 'inf':
+            block.ln_2.register_forward_hook(lambda module, args, output: output + float('inf'))
+        elif where == 'gradient':
+            block.attn.c_proj.weight.register_hook(lambda gradient: gradient * float('nan'))
+        else:
+            with torch.no_grad():
+                built[0].transformer.h[0].mlp.c_fc.weight[3, 1] = float('nan')
+
+    with happening(6, poison), pytest.raises(train.TrainingError) as error:
+        start(tmp_path, data)
+    first = {
+        'output': 'the output of transformer.h.1.mlp.gelu',
+        'inf': 'the output of transformer.h.1.ln_2',
+        'gradient': 'the gradient of transformer.h.1.attn.c_proj.weight',
+        'weight': 'weight transformer.h.0.mlp.c_fc.weight',
+    }[where]
+    line = str(error.value)
+    assert (
+        line.startswith('iteration 6: loss ')
+        and f'first not finite: {first}. The update was not made' in line
+    )
+    assert f'{tmp_path / LAST} is of iteration 5; a lower learning_rate' in line and '\n' not in line
+    assert status(tmp_path) == 'failed' and lines(tmp_path) == [r for r in lines(straight) if r['iter'] <= 6]
+    monkeypatch.undo()
+    resume(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_weights_that_the_last_update_ruined_are_not_saved(tmp_path, data, monkeypatch):
+    rate = train.learning_rate_at
+    monkeypatch.setattr(train, 'learning_rate_at', lambda it, k: 1e38 if it == 9 else rate(it, k))
+    with pytest.raises(train.TrainingError, match=r'iteration 10: .*last\.pt is of iteration 5'):
+        start(tmp_path, data)
+    monkeypatch.setattr(train, 'evaluate', lambda *args: {'train': 1.0, 'val': 1.0})
+    with pytest.raises(train.TrainingError, match='iteration 10: the last update made weights inf or nan'):
+        resume(tmp_path)
+    assert checkpoint.load(tmp_path / LAST)['iter'] == 5
+
+
+def test_the_process_exits_with_an_error(tmp_path, data):
+    argv = flags(tmp_path / 'run', dataset=data, **{**runs.TINY, 'learning_rate': 1e38, 'warmup_iters': 0})
+    program = runs.Program(argv, tmp_path / 'log')
+    assert program.end() == 2
+    assert program.text().splitlines()[-1].startswith('train.py: iteration ')
+
+
+def test_spikes_are_logged_and_a_resume_logs_the_same(tmp_path, data, monkeypatch, capsys):
+    real = train.get_batch
+
+    def get_batch(tokens, seed, step, *args):
+        x, y = real(tokens, seed, step, *args)
+        return (x, (y + 31) % 64) if step in (30, 31, 36) else (x, y)  # targets that make no sense
+
+    monkeypatch.setattr(train, 'get_batch', get_batch)
+    knobs = {'max_iters': 40, 'eval_interval': 100, 'learning_rate': 3e-3}
+    start(tmp_path / 'a', data, **knobs)
+    told = [r for r in lines(tmp_path / 'a') if r.get('event') == 'spike']
+    losses = [r for r in told if r['what'] == 'loss']
+    assert [r['iter'] for r in losses] == [
+        31,
+        37,
+    ]  # the step after 30 is number 31; told once for two in a row
+    assert all(r['value'] > 1.1 * r['usual'] for r in told)
+    out = capsys.readouterr().out
+    assert (
+        f'warning: iter 31: loss {losses[0]["value"]:.4g} stands out, {losses[0]["usual"]:.4g} is usual'
+        in out
+    )
+    with happening(30, partial(kill_me, signal.SIGTERM)):
+        start(tmp_path / 'b', data, **knobs)
+    resume(tmp_path / 'b')
+    assert_same_run(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_a_spike_stands_out_of_noise_and_a_lasting_change_becomes_usual():
+    random = torch.Generator().manual_seed(0)
+    noise = (3 + 0.1 * torch.randn(2000, generator=random)).tolist()
+    watch = metrics.SpikeWatch()
+    assert [watch.look(v) for v in noise] == [None] * 2000
+    assert watch.look(4.0) == pytest.approx(3, abs=0.05) and watch.look(4.0) is None
+    assert watch.look(float('inf')) is None
+    told = [watch.look(v + 2) for v in noise[:300]]
+    assert [t is not None for t in told].count(True) <= 1 and not watch.high
+
+
+# ---- wandb
+
+
+class FakeWandb:
+    """Stands in for the module: raises in the call named `broken`, or hangs in finish."""
+
+    def __init__(self, broken):
+        self.broken, self.calls, self.summary = broken, [], self
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            if name == self.broken:
+                raise ConnectionError(f'{name}: no route to host\nsecond line')
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize('broken', ['init', 'define_metric', 'log', 'update', 'finish', None])
+def test_wandb_that_fails_is_a_warning(tmp_path, data, straight, broken, monkeypatch, capsys):
+    fake = FakeWandb(broken)
+    monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+    assert start(tmp_path, data, wandb_log=True) == 0
+    assert_same_run(straight, tmp_path)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if 'warning' in line]
+    if broken is None:
+        assert not warnings and fake.calls.count('log') == 12 + 4 and fake.calls[-1] == 'finish'
+    else:
+        assert warnings == [
+            f'warning: wandb is off for the rest of this run (ConnectionError: {broken}: no route to host); '
+            'metrics.jsonl has everything'
+        ]
+
+
+def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch, capsys):
+    never = threading.Event()
+    fake = FakeWandb(None)
+    fake.finish = lambda exit_code: never.wait(60)
+    monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+    monkeypatch.setattr(metrics, 'WANDB_SECONDS', 0.01)
+    assert start(tmp_path, data, wandb_log=True) == 0
+    never.set()
+    assert 'warning: wandb is still sending after 0.01 s and is left to itself' in capsys.readouterr().out
+
+
+# ---- before anything is built
+
+
+@pytest.mark.parametrize(
+    'knobs, line',
+    [
+        ({'eval_interval': 0}, 'eval_interval=0: must be at least 1'),
+        ({'n_head': 5}, 'n_embd=32 is not a multiple of n_head=5'),
+        ({'head_split': '2-2-1'}, '2-2-1'),
+        ({'dtype': 'float16'}, "dtype='float16' needs CUDA, the device is cpu: use bfloat16 or float32"),
+        ({'device': 'cuda'}, "device='cuda', but torch sees no CUDA device here: use --device=cpu"),
+        ({'beta2': 1}, 'beta2=1.0: must be in [0, 1)'),
+        ({'dist_timeout': 0}, 'dist_timeout=0.0: must be positive'),
+        ({'dropout': 1}, 'dropout=1.0: must be in [0, 1)'),
+        ({'init_from': 'resume'}, 'holds no run to resume: start one with --init_from=scratch (the default)'),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
+)
+def test_what_cannot_work_is_refused_before_anything_is_built(tmp_path, data, knobs, line, monkeypatch):
+    if knobs.get('device') == 'cuda' and torch.cuda.is_available():
+        pytest.skip('CUDA is here')
+    monkeypatch.setattr(train, 'GPT', None)
+    monkeypatch.setattr(train, 'open_data', None)
+    with pytest.raises(ConfigError) as error:
+        start(tmp_path / 'run', data, **knobs)
+    assert line in str(error.value) and '\n' not in str(error.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_missing_data_set_is_refused_first_with_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'GPT', None)
+    with pytest.raises(DataError, match='does not exist: make it with'):
+        start(tmp_path / 'run', tmp_path / 'nothing')
+
+
+def test_bf16_on_cpu_is_bf16(tmp_path, data):
+    start(tmp_path / 'a', data, dtype='bfloat16')
+    start(tmp_path / 'b', data, dtype='float32')
+    a, b = ([r['loss'] for r in lines(tmp_path / x) if 'loss' in r] for x in 'ab')
+    assert a != b and a == pytest.approx(b, abs=0.05)
+    assert checkpoint.load(tmp_path / 'a' / LAST)['model']['lm_head.weight'].dtype == torch.float32
+
+
+def test_output_that_has_gone_away_stops_nothing(tmp_path, data, straight):
+    reading, writing = os.pipe()
+    os.close(reading)
+    shown = os.dup(1)
+    os.dup2(writing, 1)
+    try:
+        assert start(tmp_path, data) == 0
+    finally:
+        os.dup2(shown, 1)
+    assert_same_run(straight, tmp_path)
+
+
+def test_the_record_survives_a_torn_line(tmp_path):
+    path = tmp_path / metrics.METRICS
+    path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo', encoding='utf-8')
+    assert metrics.read_jsonl(path) == [{'iter': 1, 'loss': 2.0}]
+    assert json.loads(path.read_text(encoding='utf-8').splitlines()[0])['iter'] == 1
