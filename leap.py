@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn as nn
 
-from windowed_mean import RunningMean, mean_flops, state_bytes, widen, windowed_mean
+from windowed_mean import NEVER, RunningMean, mean_flops, state_bytes, widen, windowed_mean
 
 
 def layer_windows(windows: str, n_layer: int) -> list[int]:
@@ -50,6 +50,18 @@ class Mean(nn.Module):
         return windowed_mean(logits, vectors, self.window)
 
 
+class MeansCache:
+    """What a layer carries from token to token: one RunningMean per mean."""
+
+    def __init__(self, window: int, n: int):
+        self.means = [RunningMean(window) for _ in range(n)]
+
+    def select(self, rows):
+        """Keep the sequences rows (a LongTensor of batch indices), in that order."""
+        for mean in self.means:
+            mean.select(rows)
+
+
 class WindowedAttention(nn.Module):
     """What the two attentions share: how much they project, what they hold and what they cost."""
 
@@ -76,13 +88,20 @@ class WindowedAttention(nn.Module):
         """Scaled products of (…, hs) with (…, hs), in fp32 whatever they are."""
         return (widen(a) * widen(b)).sum(-1) / math.sqrt(self.head_size)
 
+    def logits(self, a, b, memory):
+        """`dot` of (B, n_head, T, hs), with padding out of the running -> (B, n_head, T)."""
+        logits = self.dot(a, b)
+        if memory.real is None:
+            return logits
+        return logits.masked_fill(~memory.real[:, None, -logits.size(-1) :], NEVER)
+
     def output(self, y):
         """y (B, n_head, T, hs) -> (B, T, C)"""
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
-    def new_cache(self, B, max_len, device, dtype) -> list[RunningMean]:
+    def new_cache(self, B, max_len, device, dtype) -> MeansCache:
         """Empty state for generation, of any number of tokens; it takes its shapes from the first."""
-        return [RunningMean(self.window) for _ in self.means]
+        return MeansCache(self.window, len(self.means))
 
     def heads_produced(self) -> tuple[int, int]:
         """How many key and value heads this layer projects."""
@@ -123,11 +142,11 @@ class AdditiveAttention(WindowedAttention):
         self.w_q = nn.Parameter(torch.zeros(config.n_head, 1, config.head_size))
         self.w_k = nn.Parameter(torch.zeros(config.n_head, 1, config.head_size))
 
-    def forward(self, x, memory, cache: list[RunningMean] | None = None):
+    def forward(self, x, memory, cache: MeansCache | None = None):
         q, k, v = self.project(x)  # (B, n_head, T, hs) each
-        of_q, of_p = cache or (None, None)
-        p = self.mean[0](self.dot(self.w_q, q), q, of_q) * k
-        u = self.mean[1](self.dot(self.w_k, p), p, of_p) * v
+        of_q, of_p = cache.means if cache is not None else (None, None)
+        p = self.mean[0](self.logits(self.w_q, q, memory), q, of_q) * k
+        u = self.mean[1](self.logits(self.w_k, p, memory), p, of_p) * v
         return self.output(u)
 
 
@@ -141,11 +160,11 @@ class LeapAttention(WindowedAttention):
     projections = 4
     means = (2,)  # k and v of a head, side by side: one mean takes both
 
-    def forward(self, x, memory, cache: list[RunningMean] | None = None):
+    def forward(self, x, memory, cache: MeansCache | None = None):
         q, f, k, v = self.project(x)  # (B, n_head, T, hs) each
-        a = self.dot(f, k)  # (B, n_head, T)
+        a = self.logits(f, k, memory)  # (B, n_head, T)
         kv = torch.cat([memory.rotate(k), v], dim=-1)  # (B, n_head, T, 2 * hs)
-        K, V = self.mean[0](a, kv, cache and cache[0]).chunk(2, dim=-1)
+        K, V = self.mean[0](a, kv, cache and cache.means[0]).chunk(2, dim=-1)
         gate = torch.sigmoid(self.dot(memory.rotate(q), K)).unsqueeze(-1)
         return self.output(gate.type_as(V) * V)
 

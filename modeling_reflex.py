@@ -48,6 +48,7 @@ class ReflexConfig(PreTrainedConfig):
     bias: bool = False
     attention: str = 'vanilla'
     head_split: str = '4-2-2'
+    windows: str = 'auto'
     norm: str = 'layernorm'
     mlp: str = 'gelu'
     position: str = 'learned'

@@ -106,6 +106,11 @@ class RunningMean:
             self.logits, self.vectors = m[..., -1:].clone(), s[..., -1:, :].clone()
         return (s[..., :-1] / s[..., -1:]).to(kind)
 
+    def select(self, rows):
+        """Keep the sequences rows (a LongTensor of batch indices), in that order."""
+        if self.logits is not None:
+            self.logits, self.vectors = self.logits[rows], self.vectors[rows]
+
 
 def state_bytes(window: int, width: int, itemsize: int) -> int:
     """Bytes that a RunningMean of vectors (width,) of itemsize bytes holds, for one sequence and head."""

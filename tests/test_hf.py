@@ -36,6 +36,9 @@ KINDS = {
     'keys and values apart': {'head_split': '4/2-1-1'},
     'no own key': {'head_split': '2-2/4', 'n_layer': 2},
     'modern': {'norm': 'rmsnorm', 'mlp': 'swiglu', 'position': 'rotary', 'qk_norm': True, 'bias': True},
+    'leap': {'attention': 'leap', 'windows': '2-5-0'},
+    'additive': {'attention': 'additive'},
+    'leap and vanilla': {'attention': 'vanilla leap*2', 'position': 'none'},
     'no positions': {'position': 'none', 'mlp': 'gelu_tanh'},
 }
 

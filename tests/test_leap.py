@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from leap import layer_windows
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Memory
 from windowed_mean import RunningMean, mean_flops, windowed_mean
 
 SMALL = {'block_size': 96, 'vocab_size': 64, 'n_layer': 4, 'n_head': 4, 'n_embd': 32}
@@ -232,7 +232,7 @@ def test_attentions_and_their_gradients_equal_the_definition(variant):
     for block in model.transformer.h:
         _, rotate = model.transformer.wpe(x, torch.arange(50)[None])
         results = []
-        for run in (lambda x: block.attn(x, SharedRotation(rotate)), lambda x: reference(model, block, x)):  # noqa: B023
+        for run in (lambda x: block.attn(x, Memory(rotate)), lambda x: reference(model, block, x)):  # noqa: B023
             model.zero_grad()
             fresh = x.clone().requires_grad_()
             y = run(fresh)
@@ -241,13 +241,6 @@ def test_attentions_and_their_gradients_equal_the_definition(variant):
         for got, want in zip(*results, strict=True):
             assert (got - want).norm() <= bound * want.norm()
             assert want.norm() > 0 or block.attn.window == 1, 'a mean of one token has no use for its logit'
-
-
-class SharedRotation:
-    """What an attention of leap.py reads of model.Memory."""
-
-    def __init__(self, rotate):
-        self.rotate = rotate
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -295,7 +288,7 @@ def test_contexts_are_endless_where_positions_allow_it(variant):
 
 
 def held_bytes(cache):
-    past = [p for layer in cache.layers if isinstance(layer, list) for p in layer]
+    past = [past for layer in cache.layers for past in layer.means]
     return sum(t.untyped_storage().nbytes() for p in past for t in (p.logits, p.vectors))
 
 
