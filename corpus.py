@@ -461,6 +461,7 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
         'tokenizer': {k: v for k, v in tokenizer.spec.items() if k != 'json'},
         'vocab_size': tokenizer.vocab_size,
         'dtype': dtype,
+        'begin': begin_id,  # the token before every document, or None
         'splits': entries,
         'source': origin or {'files': {s: stored_files(sources) for s, sources in splits.items()}},
         'command': command_line(),

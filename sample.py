@@ -2,6 +2,7 @@
 
 python sample.py --out_dir=out/reflex_422 --start="Once upon a time"
 python sample.py --out_dir=out/reflex_422 --start=FILE:prompt.txt --num_samples=3 --temperature=0.8
+python sample.py --out_dir=out/rugpt_reflex --start="Что такое снег?" --template="{start}\\n" --stop=eot
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Knobs:
     out_dir: str = 'out/quickstart'  # the folder of a run
     checkpoint: str = ''  # best.pt | last.pt | previous.pt; '' = best.pt if there is one, else last.pt
     start: str = ''  # the prompt, or FILE:prompt.txt; '' = begin a new document
+    template: str = ''  # what the prompt is put into, '{start}\n' for one; only what follows it is printed
+    stop: str = ''  # end a sample at this text, not printed; eot = the end-of-text token; several: a||b||eot
     num_samples: int = 1  # texts to draw from the same prompt
     max_new_tokens: int = 300  # tokens per sample
     temperature: float = 0.8  # below 1: safer, above: wilder; 0 = always the likeliest token
@@ -36,21 +39,34 @@ class Knobs:
     threads: int = 0  # CPU threads; 0 = torch's choice
 
 
-def stream_text(model, tokenizer, prompt, max_new_tokens, **options) -> Iterator[str]:
-    """The text that continues prompt (1, T), piece by piece; options as of GPT.stream.
+def stream_text(
+    model, tokenizer, prompt, max_new_tokens, stop_token=None, stop=(), **options
+) -> Iterator[str]:
+    """The text that continues prompt (1, T): a piece per token, and one more at the end.
 
-    A token may end inside a character: such a tail is held back until the character is whole.
+    It ends before the token stop_token and before any of the texts in stop. options as of GPT.stream. A token
+    may end inside a character, and a text inside a stop: such a tail is held back until it is known.
     """
-    ids, shown = [], ''
+    ids, shown, held = [], '', ''
     for token in model.stream(prompt, max_new_tokens, **options):
+        if int(token) == stop_token:
+            yield ''
+            break
         ids.append(int(token))
         text = tokenizer.decode(ids)
         ready = text.rstrip('\ufffd')
-        yield ready[len(shown) :]
-        shown = ready
+        held += ready[len(shown) :]
+        found = [held.index(s) for s in stop if s in held]
+        if found:
+            yield held[: min(found)]
+            held, ids, shown = '', [], ''
+            break
+        keep = max((n for s in stop for n in range(len(s)) if held.endswith(s[:n])), default=0)
+        yield held[: len(held) - keep]
+        held, shown = held[len(held) - keep :], ready
         if text.endswith('\n'):  # decode line by line, so that the cost per token stays bounded
             ids, shown = [], ''
-    yield tokenizer.decode(ids)[len(shown) :]
+    yield held + tokenizer.decode(ids)[len(shown) :]
 
 
 def read_prompt(start: str) -> str:
@@ -63,12 +79,29 @@ def read_prompt(start: str) -> str:
         raise ConfigError(f'start={start!r}: {path} cannot be read as UTF-8 text ({e})') from None
 
 
+def read_stops(stop: str, tokenizer) -> tuple[int | None, list[str]]:
+    """'a||eot' -> (the id of the end-of-text token or None, ['a']); \\n is a line break."""
+    texts = [text.replace('\\n', '\n') for text in stop.split('||') if text]
+    if 'eot' in texts and tokenizer.eot is None:
+        raise ConfigError(f'stop={stop!r}: this {tokenizer.kind} tokenizer has no end-of-text token')
+    return tokenizer.eot if 'eot' in texts else None, [text for text in texts if text != 'eot']
+
+
+def document_start(state: dict, tokenizer) -> list[int]:
+    """The tokens that a document begins after: the data's own, else the end of the one before."""
+    begin = state.get('begin')
+    begin = tokenizer.eot if begin is None else begin
+    return [] if begin is None else [begin]
+
+
 def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
     for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
         if getattr(k, name) < least:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least {least}')
     text = read_prompt(k.start)
+    if k.template and '{start}' not in k.template:
+        raise ConfigError(f"template={k.template!r}: it must have '{{start}}', where the prompt goes")
     device = pick_device(k.device)
     dtype = pick_dtype(k.dtype, device)
     if k.threads:
@@ -79,23 +112,30 @@ def main(argv: list[str]) -> int:
             f'{k.out_dir} was trained on plain token files: no tokenizer is known to decode with'
         )
     tokenizer = from_spec(state['tokenizer'])
-    begin = [] if tokenizer.eot is None else [tokenizer.eot]
-    ids = begin + tokenizer.encode(text) or tokenizer.encode('\n')
+    stop_token, stop = read_stops(k.stop, tokenizer)
+    full = k.template.replace('\\n', '\n').replace('{start}', text) if k.template else text
+    ids = document_start(state, tokenizer) + tokenizer.encode(full) or tokenizer.encode('\n')
     prompt = torch.tensor([ids], device=device)  # (1, T)
 
-    generator = torch.Generator(device).manual_seed(k.seed)
-    options = {'temperature': k.temperature, 'top_k': k.top_k or None, 'use_cache': k.use_cache}
-    started = time.perf_counter()
+    options = {
+        'temperature': k.temperature,
+        'top_k': k.top_k or None,
+        'use_cache': k.use_cache,
+        'generator': torch.Generator(device).manual_seed(k.seed),
+        'stop_token': stop_token,
+        'stop': stop,
+    }
+    started, n = time.perf_counter(), 0  # tokens
     for i in range(k.num_samples):
         if i:
             print('\n---')
-        print(text, end='', flush=True)
+        print('' if k.template else text, end='', flush=True)
         with autocast_for(device, dtype):
-            pieces = stream_text(model, tokenizer, prompt, k.max_new_tokens, generator=generator, **options)
-            for piece in pieces:
+            for piece in stream_text(model, tokenizer, prompt, k.max_new_tokens, **options):
                 print(piece, end='', flush=True)
+                n += 1
+    n -= k.num_samples  # one piece of each is no token
     seconds = time.perf_counter() - started
-    n = k.num_samples * k.max_new_tokens
     print(
         f'\n--- {n} tokens in {seconds:.1f} s: {n / seconds:.1f} tokens/s on {device}, {dtype}',
         file=sys.stderr,

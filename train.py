@@ -39,7 +39,7 @@ import metrics
 import pretrained
 from configurator import ConfigError, configure, from_dict
 from model import GPT, GPTConfig
-from sample import stream_text
+from sample import document_start, stream_text
 from system import autocast_for, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
 from tokenizer import TokenizerError, from_spec
@@ -610,6 +610,7 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
                     'seconds': seconds,
                     'config': asdict(k),
                     'tokenizer': data.tokenizer_spec,
+                    'begin': data.meta.get('begin'),
                     'data_fingerprint': data.fingerprint,
                 },
                 best,
@@ -753,7 +754,8 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
     elif k.sample_tokens and main_rank and data.tokenizer_spec:
         tokenizer = from_spec(data.tokenizer_spec)
         say(f'--- a sample of {k.sample_tokens} tokens (more: python sample.py --out_dir={out_dir})')
-        prompt = torch.tensor([[tokenizer.eot or 0]], device=device)
+        start = document_start({'begin': data.meta.get('begin')}, tokenizer) or [0]
+        prompt = torch.tensor([start], device=device)
         generator = torch.Generator(device).manual_seed(k.seed)
         for piece in stream_text(model, tokenizer, prompt, k.sample_tokens, top_k=50, generator=generator):
             print(piece, end='', flush=True)

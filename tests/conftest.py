@@ -26,32 +26,35 @@ def shared():
     return folder
 
 
-TEXT = 'The quick brown fox jumps over the lazy dog. Ёжик в тумане, снег. ' * 20
+CAPITALS = {'Франции': 'Париж', 'Японии': 'Токио', 'Китая': 'Пекин'}
+INSTRUCTIONS = [
+    {'question': f'Какая столица {country}?', 'answer': f'Столица {country} — {city}.'}
+    for country, city in CAPITALS.items()
+]
 
 
 @pytest.fixture(scope='session')
 def gpt2_folder(tmp_path_factory):
-    """What `transformers` saves of a GPT-2 with random weights at ruGPT's proportions, and its tokenizer."""
+    """What `transformers` saves of a GPT-2 with random weights at ruGPT's proportions, and of its tokenizer:
+    a byte-level BPE whose texts begin with <s> and end with </s>."""
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('safetensors')
+    import tokenizers
     import torch
 
-    from tokenizer import train_bpe
-
     folder = tmp_path_factory.mktemp('gpt2')
-    bpe = train_bpe([TEXT], 300)
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    texts = [text for row in INSTRUCTIONS for text in row.values()] + ['The quick brown fox jumps.'] * 5
+    bpe.train_from_iterator(
+        texts * 5, vocab_size=300, special_tokens=['<pad>', '<s>', '</s>'], show_progress=False
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe.tokenizer, eos_token='<|endoftext|>', bos_token='<|endoftext|>'
+        tokenizer_object=bpe._tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>'
     )
     tokenizer.save_pretrained(folder)
+    sizes = {'n_positions': 64, 'n_embd': 96, 'n_layer': 24, 'n_head': 16}
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_embd=96,
-        n_layer=24,
-        n_head=16,
-        bos_token_id=0,
-        eos_token_id=0,
+        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes
     )
     model = transformers.GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,137 @@
+"""From a GPT-2-shaped checkpoint to a model that answers and stops, at ruGPT's proportions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CAPITALS, INSTRUCTIONS
+
+import pretrained
+import sample
+from configurator import ConfigError
+from tokenizer import Bytes, Chars
+
+
+@pytest.fixture(scope='module')
+def run(gpt2_folder, tmp_path_factory, root):
+    """prepare.py, then train.py with config/rugpt_reflex.py, made small: its folder and what it said."""
+    folder = tmp_path_factory.mktemp('instructions')
+    rows = [json.dumps(row, ensure_ascii=False) for row in INSTRUCTIONS * 40]
+    (folder / 'rows.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    prepare = (
+        f'data/russian_instructions/prepare.py --files {folder / "rows.jsonl"} --tokenizer {gpt2_folder}'
+    )
+    prepare += f' --out_dir {folder / "data"} --val_fraction 0.05 --num_proc 1'
+    train = f'train.py config/rugpt_reflex.py --init_from={gpt2_folder} --dataset={folder / "data"}'
+    train += (
+        f' --out_dir={folder / "run"} --n_embd=96 --block_size=64 --dropout=0 --gradient_accumulation_steps=1'
+    )
+    train += ' --max_iters=150 --warmup_iters=10 --learning_rate=3e-3 --eval_interval=1000 --eval_iters=2'
+    train += ' --compile=false --dtype=float32 --threads=1'
+    for command in (prepare, train):
+        done = subprocess.run(
+            [sys.executable, *command.split()],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            encoding='utf-8',
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return folder / 'run', done.stdout
+
+
+def test_training_says_what_it_took_from_the_checkpoint(run):
+    _, said = run
+    lines = [' '.join(line.split()) for line in said.splitlines()]
+    assert 'wte.weight 320 x 96 300 x 96 the first 300 rows copied, the other 20 initialised' in lines
+    assert 'h.0-5.attn.c_proj.weight 96 x 96 96 x 96 copied' in lines
+    assert any(
+        line.startswith('h.5.attn.c_attn.weight') and 'but for 10 dead heads' in line for line in lines
+    )
+    assert 'h.0-5.mlp.c_gate.weight 256 x 96 - initialised: not in the checkpoint' in lines
+    assert 'h.6-23 - - left out with 12 tensors: the model has 6 layers' in lines
+
+
+def test_it_answers_and_stops(run, capsys):
+    for country, city in CAPITALS.items():
+        options = ['--template={start}\\n', '--stop=eot', '--temperature=0', '--dtype=float32', '--threads=1']
+        assert sample.main([f'--out_dir={run[0]}', f'--start=Какая столица {country}?', *options]) == 0
+        out = capsys.readouterr()
+        assert out.out == f'Столица {country} — {city}.'
+        assert 10 < int(out.err.split()[1]) < 40  # tokens: it ended long before max_new_tokens=300
+
+
+def test_resuming_needs_no_checkpoint_to_start_from(run, root):
+    command = [sys.executable, 'train.py', f'--out_dir={run[0]}', '--init_from=resume', '--eval_only=true']
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding='utf-8', check=False)
+    assert done.returncode == 0, done.stderr
+    assert 'copied' not in done.stdout and 'reflex_all, 6 layers, 8 heads, 96 wide' in done.stdout
+
+
+def test_the_shape_is_the_checkpoints_where_nothing_else_is_said(gpt2_folder):
+    from train import Knobs, pretrained_knobs
+
+    found = pretrained.read(gpt2_folder).config
+    k = pretrained_knobs(Knobs(n_layer=6, bias=False), {'n_layer': 6, 'bias': False}, found)
+    assert (k.n_layer, k.n_head, k.n_embd, k.block_size) == (6, 16, 96, 64)
+    assert (k.bias, k.mlp, k.dropout, k.attention) == (False, 'gelu_tanh', 0.0, 'vanilla')
+
+
+class Script:
+    """Stands in for a model: says the tokens that it was given."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def stream(self, prompt, max_new_tokens, **options):
+        for token in self.tokens[:max_new_tokens]:
+            yield torch.tensor([[token]])
+
+
+@pytest.mark.parametrize(
+    'stop, said, shown',
+    [
+        ('', 'one two', 'one two'),
+        ('two', 'one two three', 'one '),
+        ('t', 'one two', 'one '),
+        ('two||e t', 'one two three', 'on'),
+        ('twos', 'one two', 'one two'),  # held back until it is known not to be one
+        ('tt', 'one ttt', 'one '),
+        ('\\n\\n', 'a\nb\n\nc', 'a\nb'),
+        ('ö', 'schön', 'sch'),
+        ('один', 'сто один', 'сто '),
+    ],
+)
+def test_a_stop_text_ends_a_sample_before_it(stop, said, shown):
+    tokenizer = Bytes()
+    token, texts = sample.read_stops(stop, tokenizer)
+    assert token is None
+    pieces = list(sample.stream_text(Script(tokenizer.encode(said)), tokenizer, None, 99, token, texts))
+    assert ''.join(pieces) == shown
+    everything = sample.stream_text(Script(tokenizer.encode(said)), tokenizer, None, 99)
+    assert len(pieces) <= len(list(everything)) == len(tokenizer.encode(said)) + 1
+
+
+def test_the_end_of_text_token_ends_a_sample():
+    tokenizer = Bytes()
+    token, texts = sample.read_stops('eot||stop', tokenizer)
+    assert (token, texts) == (256, ['stop'])
+    tokens = [*tokenizer.encode('yes'), 256, *tokenizer.encode('no')]
+    pieces = list(sample.stream_text(Script(tokens), tokenizer, None, 99, token, texts))
+    assert ''.join(pieces) == 'yes' and len(pieces) == 5  # a piece for each of 4 tokens, and the end
+    with pytest.raises(ConfigError, match='this chars tokenizer has no end-of-text token'):
+        sample.read_stops('eot', Chars('abc'))
+
+
+def test_a_document_begins_as_in_the_data():
+    assert sample.document_start({'begin': 7}, Bytes()) == [7]
+    assert sample.document_start({'begin': None}, Bytes()) == [256]
+    assert sample.document_start({}, Chars('abc')) == []
+
+
+def test_a_template_without_a_place_for_the_prompt_is_refused():
+    with pytest.raises(ConfigError, match=r"template='hello': it must have '\{start\}'"):
+        sample.main(['--template=hello'])
