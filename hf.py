@@ -87,9 +87,15 @@ def reflex(config, state, special) -> ReflexForCausalLM:
 
 def gpt2(config, state, special) -> transformers.GPT2LMHeadModel:
     """The same function as a GPT-2 of transformers; biases that the model has not are zeros."""
-    plain = {'attention': ('vanilla',), 'norm': ('layernorm',), 'position': ('learned',), 'qk_norm': (False,)}
     activations = {mlp: activation for activation, mlp in reversed(ACTIVATIONS.items())}
-    for name, known in {**plain, 'mlp': tuple(activations)}.items():
+    plain = {
+        'attention': ('vanilla',),
+        'norm': ('layernorm',),
+        'mlp': tuple(activations),
+        'position': ('learned',),
+        'qk_norm': (False,),
+    }
+    for name, known in plain.items():
         if getattr(config, name) not in known:
             raise ExportError(
                 f'{name}={getattr(config, name)!r} is not GPT-2 (it has {" or ".join(map(repr, known))}): '

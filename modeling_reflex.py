@@ -10,6 +10,7 @@ In an exported folder this file is itself, model.py and what that imports, joine
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class ReflexConfig(PreTrainedConfig):
     attention: str = 'vanilla'
     head_split: str = '4-2-2'
     windows: str = 'auto'
+    windows: str = 'auto'
+    windows: str = 'auto'
     norm: str = 'layernorm'
     mlp: str = 'gelu'
     position: str = 'learned'
@@ -78,11 +81,9 @@ class ReflexCache(TransformersCache):
 
     def __init__(self, model: ReflexForCausalLM, batch_size: int):
         super().__init__(layers=[])  # transformers keeps nothing itself
-        self.state, self.rows, self.max_length = (
-            model.gpt.new_cache(batch_size),
-            batch_size,
-            model.config.block_size,
-        )
+        self.state, self.rows = model.gpt.new_cache(batch_size), batch_size
+        limit = model.gpt.context_limit
+        self.max_length = -1 if limit == math.inf else limit
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.state.length

@@ -108,30 +108,18 @@ def copy_weights(model: GPT, checkpoint: Pretrained, other_tokens: str = '') -> 
             rows.append(Row(name, shape, None, 'initialised: not in the checkpoint'))
             continue
         module = modules[name.rpartition('.')[0]]
-        picked, how = source, 'copied'
-        if name == 'transformer.wte.weight' and other_tokens:
-            picked, how = None, f'initialised: {other_tokens}'
-        elif name in ('transformer.wte.weight', 'transformer.wpe.weight') and source.size(1) == shape[1]:
-            n = min(len(source), shape[0])
-            picked, how = source[:n], _rows_copied(n, len(source), shape[0])
-        elif isinstance(module, HeadLinear) and len(source) == module.rows_full:
-            picked = source[module.rows]
-            dropped = (len(source) - len(picked)) // c.head_size
-            how = f'copied but for {dropped} dead heads' if dropped else how
+        picked, how = _fitting(name, source, parameter, module, c.head_size, other_tokens)
+        if picked is None:
+            rows.append(Row(name, shape, tuple(source.shape), how))
+            continue
         changes = {
             '.attn.c_attn.': (f'{was.n_head} heads of {was.head_size}', f'{c.n_head} heads of {c.head_size}'),
             '.mlp.': (was.mlp, c.mlp),
-            'transformer.ln_f.': (was.norm, c.norm),
             '.ln_1.': (was.norm, c.norm),
             '.ln_2.': (was.norm, c.norm),
+            'transformer.ln_f.': (was.norm, c.norm),
         }
-        how += ''.join(
-            f', {old} as {new}' for part, (old, new) in changes.items() if part in name and old != new
-        )
-        if picked is None or picked.shape[1:] != shape[1:] or (picked is source and source.shape != shape):
-            how = how if picked is None else 'initialised: another shape'
-            rows.append(Row(name, shape, tuple(source.shape), how))
-            continue
+        how += ''.join(f', {a} as {b}' for part, (a, b) in changes.items() if part in name and a != b)
         with torch.no_grad():
             parameter[: len(picked)].copy_(picked)
         rows.append(Row(name, shape, tuple(source.shape), how, picked.numel()))
@@ -151,6 +139,26 @@ def copy_weights(model: GPT, checkpoint: Pretrained, other_tokens: str = '') -> 
         why = f'left out with {n} tensors: the model has {c.n_layer} layers'
         rows.append(Row(f'transformer.h.{l}', None, None, why))
     return rows
+
+
+def _fitting(name, source, parameter, module, head_size, other_tokens):
+    """The part of source that belongs into the first rows of parameter, or None; and the table's words."""
+    if name == 'transformer.wte.weight' and other_tokens:
+        return None, f'initialised: {other_tokens}'
+    if (
+        name in ('transformer.wte.weight', 'transformer.wpe.weight')
+        and source.shape[1:] == parameter.shape[1:]
+    ):
+        n = min(len(source), len(parameter))
+        return source[:n], _rows_copied(n, len(source), len(parameter))
+    how = 'copied'
+    if '.attn.c_attn.' in name:
+        if not isinstance(module, HeadLinear):
+            return None, 'initialised: this attention projects to something else'
+        if len(source) == module.rows_full:
+            dropped = (len(source) - len(module.rows)) // head_size
+            source, how = source[module.rows], f'copied but for {dropped} dead heads' if dropped else how
+    return (source, how) if source.shape == parameter.shape else (None, 'initialised: another shape')
 
 
 def token_difference(tokenizer, folder: str | Path) -> str:

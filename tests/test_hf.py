@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+from leap import WINDOWED
 from model import GPT, GPTConfig
 from plans import PLANS
 from tokenizer import Bytes, Chars, Tiktoken, train_bpe
@@ -35,6 +36,9 @@ KINDS = {
     **{plan: {'attention': plan} for plan in PLANS},
     'keys and values apart': {'head_split': '4/2-1-1'},
     'no own key': {'head_split': '2-2/4', 'n_layer': 2},
+    **{kind: {'attention': kind} for kind in WINDOWED},
+    'leap without end': {'attention': 'leap', 'position': 'rotary', 'windows': '2-5-0'},
+    'leap below reflex': {'attention': 'leap*2 reflex*2', 'n_layer': 4, 'head_split': '2-2'},
     'modern': {'norm': 'rmsnorm', 'mlp': 'swiglu', 'position': 'rotary', 'qk_norm': True, 'bias': True},
     'leap': {'attention': 'leap', 'windows': '2-5-0'},
     'additive': {'attention': 'additive'},
@@ -385,6 +389,8 @@ def test_the_program_exports_a_run(tmp_path, capsys):
         'model_args': asdict(model.config),
         'tokenizer': tokenizer.spec,
         'iter': 1,
+        'config': {},
+        'data_fingerprint': None,
     }
     (tmp_path / 'run').mkdir()
     checkpoint.save(state, tmp_path / 'run')

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import CAPITALS, INSTRUCTIONS
 
 import pretrained
 import sample
 from configurator import ConfigError
+from conftest import CAPITALS, INSTRUCTIONS
 from tokenizer import Bytes, Chars
 
 

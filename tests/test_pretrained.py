@@ -172,6 +172,18 @@ def test_the_table_says_what_became_of_everything(gpt2_folder):
     )
 
 
+def test_other_attentions_take_what_means_the_same(gpt2_folder):
+    """additive attention's c_attn has GPT-2's shape, but another order and meaning of its rows."""
+    for attention in ('additive', 'leap', 'lime'):
+        _, rows = from_pretrained(gpt2_folder, n_layer=2, n_head=8, attention=attention)
+        how = {row.name.removeprefix('transformer.h.1.'): row.how for row in rows}
+        fits = attention == 'lime'
+        assert how['attn.c_attn.weight'].startswith('copied' if fits else 'initialised: this attention'), how
+        assert how['attn.c_proj.weight'] == how['mlp.c_fc.weight'] == 'copied'
+        own = {'additive': 'attn.w_q', 'leap': 'mlp.c_fc.bias', 'lime': 'attn.router'}[attention]
+        assert how[own] == ('copied' if attention == 'leap' else 'initialised: not in the checkpoint')
+
+
 def test_a_model_of_another_width_is_refused(gpt2_folder):
     with pytest.raises(
         PretrainedError, match=r'\(n_embd=96\) fits into this model \(n_embd=64.*take n_embd=96'
