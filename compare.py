@@ -107,7 +107,8 @@ def read_run(folder: Path, arm: str) -> Run:
     mfus = [r['mfu'] for r in steps if r['iter'] > 1 and r.get('mfu')]
     state = 'finished'
     if status != 'finished':
-        state = f'{status} at step {last} of {total}'
+        error = run.get('error') or ''
+        state = f'{status} at step {last} of {total}' + (f' ({error.split(";")[0]})' if error else '')
     elif not evals or evals[-1]['iter'] < total:
         state = f'ended without an evaluation at its last step, {total}'
     elif evals[-1]['val/loss'] is None:
@@ -488,7 +489,7 @@ def reading_guide(c: Comparison) -> str:
         text += (
             f' Differences to {c.base.name} are paired by seed: mean and 95 % confidence interval (paired '
             "t), p with Holm's correction over all arms of this table; negative is better. Speed is the "
-            'ratio of the median training tokens per second, paired by seed, with its 95 % interval; training '
+            'ratio of the median tokens per second, paired by seed, with its 95 % interval; training '
             'time is that of all steps at the mean speed.'
         )
     return text + ' FLOPs are of forward and backward pass; parameters are without position embeddings.'

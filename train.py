@@ -741,7 +741,9 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
         stop.close()
         if recorded:
             memory = metrics.peak_memory(device)
-            end = {'status': status, 'iter': it, 'seconds': round(seconds, 3), 'peak_memory_bytes': memory}
+            error = sys.exc_info()[1]
+            end = {'status': status, 'error': error and f'{type(error).__name__}: {error}', 'iter': it}
+            end |= {'seconds': round(seconds, 3), 'peak_memory_bytes': memory}
             wandb.summary({'status': status, 'best_val_loss': best_val_loss, 'peak_memory_bytes': memory})
             wandb.finish(exit_code=int(status == 'failed'))
             # after a failure, which has its own message, what goes wrong here is no news

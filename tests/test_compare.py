@@ -242,7 +242,7 @@ def test_a_choice_of_arms_and_a_table_in_a_document(tree, tmp_path):
     assert text.startswith('before\n<!-- exp -->\n### exp') and text.endswith('<!-- /exp -->\nafter\n')
     assert '| worse |' in text and '| vanilla |' in text and '| better |' not in text and 'old' not in text
     with pytest.raises(SystemExit, match='put a line <!-- other -->'):
-        compare.main([str(tree), '--name=other', '--out=charts', f'--insert={document}'])
+        run_main(tmp_path, tree, '--name=other', f'--insert={document}')
 
 
 def test_pictures_are_drawn_and_the_same_results_give_the_same_bytes(tree, tmp_path):
