@@ -615,27 +615,31 @@ def prepare_documents(args, template, begin=False):
     )
 
 
-def positional_splits(args, url, sha256, cuts):
-    """One text, cut by position -> ({split: sources}, origin): the file at `url`, or the one of --files.
+def prepare_by_position(script, description, tokenizer, original, cuts):
+    """Prepares one text cut by position: the `original` (its URL and SHA-256), or the one of --files.
 
-    cuts: {split: percent of the bytes at which it ends}, moved to whole characters but for the bytes
-    tokenizer.
+    cuts: {split: percent of the bytes at which it ends}, moved to whole characters; bytes stay as they are.
     """
+    args = parser(script, description, tokenizer).parse_args()
+    origin = None
     if args.val_files or args.test_files:
-        return local_splits(args), None
-    origin = None if args.files else {'url': url, 'sha256': sha256}
-    found = paths(args.files) if args.files else [download(url, sha256, Path(args.out_dir) / 'download')]
-    raw = args.tokenizer == 'bytes'
-    if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
-        raise CorpusError(
-            f'one text file is cut by position, not {len(found)} files or records: give --val_files too'
-        )
-    size, start, splits = text_size(found[0]), 0, {}
-    for split, percent in cuts.items():
-        stop = size * percent // 100
-        splits[split] = [TextFile(found[0], start, stop, raw)]
-        start = stop
-    return splits, origin
+        splits = local_splits(args)
+    else:
+        if args.files:
+            found = paths(args.files)
+        else:
+            origin = dict(zip(('url', 'sha256'), original, strict=True))
+            found = [download(*original, Path(args.out_dir) / 'download')]
+        raw = args.tokenizer == 'bytes'
+        if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
+            raise CorpusError(
+                f'one text file is cut by position, not {len(found)} files or records: give --val_files too'
+            )
+        size = text_size(found[0])
+        ends = [size * percent // 100 for percent in cuts.values()]
+        starts = [0, *ends[:-1]]
+        splits = {s: [TextFile(found[0], a, b, raw)] for s, a, b in zip(cuts, starts, ends, strict=True)}
+    prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
 
 
 def run(main):

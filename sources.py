@@ -278,7 +278,7 @@ def parquet_rows(path, fields):
         table, number = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20), 0
         names = table.schema_arrow.names
         columns = fields if set(fields) <= set(names) else names
-        for batch in table.iter_batches(batch_size=256, columns=columns, use_threads=False):
+        for batch in table.iter_batches(batch_size=16, columns=columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield f'{path}, row {number}', row

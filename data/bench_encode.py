@@ -157,7 +157,9 @@ def main():
             key: statistics.median(run[key] for run in runs) for key in ('cpu', 'wall', 'memory', 'disk')
         }
         best = min(run['cpu'] for run in runs)
-        speeds = '   '.join(f'{size / 1e6 / seconds:8.1f}' for seconds in (middle['cpu'], best, middle['wall']))
+        speeds = '   '.join(
+            f'{size / 1e6 / seconds:8.1f}' for seconds in (middle['cpu'], best, middle['wall'])
+        )
         print(f'{name:8} {speeds}   {middle["memory"]:10.0f}   {middle["disk"]:7.0f}')
 
 

@@ -1,7 +1,9 @@
 """What is in a folder of token files: counts, how the text reads, which tokens are frequent.
 
-python data/peek.py data/stdlib
-python data/peek.py data/plain --vocab_size 50257 --tokenizer gpt2      # .bin files without meta.json
+    python data/peek.py data/stdlib
+    python data/peek.py data/plain --vocab_size 50257 --tokenizer gpt2
+
+The second is for .bin files without meta.json.
 """
 
 import argparse

@@ -43,6 +43,14 @@ def write_jsonl(path, documents, field='text'):
     return str(path)
 
 
+def write_parquet(path, documents, field='text'):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({'id': range(len(documents)), field: documents}), path, row_group_size=2)
+    return str(path)
+
+
 def words(seed, count):
     """Random text of English letters, digits, punctuation and other scripts."""
     draw = random.Random(seed)
@@ -104,9 +112,6 @@ def small(monkeypatch):
 
 
 def test_every_kind_of_records_reads_the_same(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)
     content = (tmp_path / 'a.jsonl').read_bytes()
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(content))
@@ -118,9 +123,7 @@ def test_every_kind_of_records_reads_the_same(tmp_path):
         json.dumps([{'text': text} for text in DOCUMENTS], indent=1), encoding='utf-8'
     )
     (tmp_path / 'bom.jsonl').write_bytes(b'\xef\xbb\xbf' + content.replace(b'\n', b'\r\n') + b'\r\n\n')
-    pq.write_table(
-        pa.table({'n': range(len(DOCUMENTS)), 'text': DOCUMENTS}), tmp_path / 'a.parquet', row_group_size=2
-    )
+    write_parquet(tmp_path / 'a.parquet', DOCUMENTS)
     found = sorted(tmp_path.iterdir())
     assert len(found) == 8
     for path in found:
@@ -189,21 +192,29 @@ def test_parts_of_a_text_are_the_text(tmp_path, small, raw):
             [part.decode('utf-8') for part in parts]  # whole characters
 
 
-@pytest.mark.parametrize('suffix', ['txt', 'txt.gz', 'jsonl'])
-def test_reading_takes_little_memory(tmp_path, suffix):
-    line = 'the quick brown fox jumps over the lazy dog\n' * 200
-    opener = gzip.open if suffix.endswith('gz') else open
-    with opener(tmp_path / f'a.{suffix}', 'wt', encoding='utf-8') as file:
-        for _ in range(5000):
-            file.write(json.dumps({'text': line}) + '\n' if suffix == 'jsonl' else line)
+@pytest.mark.parametrize('suffix', ['txt', 'txt.gz', 'jsonl', 'parquet'])
+def test_reading_takes_little_memory(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(sources, 'PIECE', 1 << 16)
+    monkeypatch.setattr(corpus, 'CHUNK', 1 << 19)
+    line, count, path = 'the quick brown fox jumps over the lazy dog\n' * 200, 1000, tmp_path / f'a.{suffix}'
+    if suffix == 'parquet':
+        write_parquet(path, [line] * count)
+    else:
+        with (
+            gzip.open(path, 'wt', encoding='utf-8')
+            if suffix == 'txt.gz'
+            else path.open('w', encoding='utf-8') as file
+        ):
+            for _ in range(count):
+                file.write(json.dumps({'text': line}) + '\n' if suffix == 'jsonl' else line)
     size = 0
     tracemalloc.start()
-    for pieces, _, _ in chunks([file_source(str(tmp_path / f'a.{suffix}'))]):
+    for pieces, _, _ in chunks([file_source(str(path))]):
         size += sum(map(len, pieces))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size == 5000 * len(line) > 8 * corpus.CHUNK
-    assert peak < 5 * corpus.CHUNK
+    assert size == count * len(line) > 16 * corpus.CHUNK
+    assert peak < 6 * corpus.CHUNK
 
 
 @pytest.mark.parametrize(
@@ -250,12 +261,9 @@ def test_formats_that_are_not_read_are_named(name):
 
 
 def test_a_parquet_column_that_is_missing(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({'body': ['a'], 'n': [1]}), tmp_path / 'a.parquet')
-    with pytest.raises(CorpusError, match="row 1 has no field 'text', only body, n"):
-        list(Records(str(tmp_path / 'a.parquet')).pieces())
+    path = write_parquet(tmp_path / 'a.parquet', ['a'], field='body')
+    with pytest.raises(CorpusError, match="row 1 has no field 'text', only id, body"):
+        list(Records(path).pieces())
 
 
 # Cutting --------------------------------------------------------------------
@@ -264,7 +272,7 @@ def test_a_parquet_column_that_is_missing(tmp_path):
 def test_cutting_does_not_change_the_tokens(monkeypatch, gpt2):
     monkeypatch.setattr(sources, 'PIECE', 150)
     bpe = train_bpe([words(0, 2000)], 600)
-    for seed in range(30):
+    for seed in range(12):
         text = words(seed, 500)
         pieces = list(cut([text]))
         assert ''.join(pieces) == text
@@ -604,6 +612,17 @@ def two(tmp_path):
     }
 
 
+def interrupt(monkeypatch, function, folder, tokenizer, splits):
+    """A preparation that Ctrl-C ends where it calls this function of corpus."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(corpus, function, interrupted)
+        prepare(folder, tokenizer, splits, num_proc=1)
+
+
 def test_what_is_there_already_is_left_alone(tmp_path, two, monkeypatch, capsys):
     first = prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
     monkeypatch.setattr(corpus, 'encode_chunk', lambda *arguments: pytest.fail('encoded again'))
@@ -632,26 +651,14 @@ def test_a_changed_or_damaged_set_is_made_again(tmp_path, two):
 def test_the_old_set_serves_until_the_new_one_is_there(tmp_path, two, monkeypatch):
     prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, 'encode_chunk', interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / 'set', 'bpe:300', two, num_proc=1)
+    interrupt(monkeypatch, 'encode_chunk', tmp_path / 'set', 'bpe:300', two)
     assert open_data(tmp_path / 'set').vocab_size == 257
 
 
 def test_chunks_of_another_job_are_not_used(tmp_path, two, monkeypatch):
     prepare(tmp_path / 'clean', 'bpe:300', two, num_proc=1)
 
-    def stopped(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, 'join_chunks', stopped)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    interrupt(monkeypatch, 'join_chunks', tmp_path / 'set', 'bytes', two)
     assert list((tmp_path / 'set' / '.prepare').rglob('*.npz'))
     prepare(tmp_path / 'set', 'bpe:300', two, num_proc=1)
     assert (tmp_path / 'set' / 'train.bin').read_bytes() == (tmp_path / 'clean' / 'train.bin').read_bytes()
@@ -694,13 +701,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path, two, 
 
 
 def test_a_damaged_chunk_is_named(tmp_path, two, monkeypatch):
-    def stopped(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, 'join_chunks', stopped)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+    interrupt(monkeypatch, 'join_chunks', tmp_path / 'set', 'bytes', two)
     chunk = sorted((tmp_path / 'set').rglob('*.npz'))[0]
     os.truncate(chunk, chunk.stat().st_size // 2)
     with pytest.raises(CorpusError, match=re.escape(f'{chunk.name} is damaged')):

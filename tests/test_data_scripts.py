@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import COMMIT, serving
 
+from fake_hub import COMMIT, serving
 from tokendata import open_data
 from tokenizer import from_spec, train_bpe
 

@@ -1,7 +1,9 @@
-"""enwik8, the first 10^8 bytes of a Wikipedia dump, as bytes: 90, 5 and 5 million of them, as is the custom.
+"""enwik8, the first 10^8 bytes of a Wikipedia dump, as bytes.
 
-python data/enwik8/prepare.py
-python data/enwik8/prepare.py --files enwik8.zip
+    python data/enwik8/prepare.py
+    python data/enwik8/prepare.py --files enwik8.zip
+
+90 million bytes are for training, 5 for validation and 5 for test, as is the custom.
 """
 
 import sys
@@ -18,9 +20,8 @@ ENWIK8 = (
 
 
 def main():
-    args = corpus.parser(__file__, __doc__, tokenizer='bytes').parse_args()
-    splits, origin = corpus.positional_splits(args, *ENWIK8, {'train': 90, 'val': 95, 'test': 100})
-    corpus.prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+    cuts = {'train': 90, 'val': 95, 'test': 100}
+    corpus.prepare_by_position(__file__, __doc__, 'bytes', ENWIK8, cuts)
 
 
 if __name__ == '__main__':

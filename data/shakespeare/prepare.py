@@ -1,7 +1,9 @@
-"""Tiny Shakespeare, or one text in its place, as GPT-2 tokens: the last tenth is validation.
+"""Tiny Shakespeare, or one text in its place, as GPT-2 tokens.
 
-python data/shakespeare/prepare.py
-python data/shakespeare/prepare.py --files book.txt --out_dir data/book
+    python data/shakespeare/prepare.py
+    python data/shakespeare/prepare.py --files book.txt --out_dir data/book
+
+The last tenth is validation.
 """
 
 import sys
@@ -12,9 +14,8 @@ import corpus
 
 
 def main():
-    args = corpus.parser(__file__, __doc__, tokenizer='gpt2').parse_args()
-    splits, origin = corpus.positional_splits(args, *corpus.TINY_SHAKESPEARE, {'train': 90, 'val': 100})
-    corpus.prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+    cuts = {'train': 90, 'val': 100}
+    corpus.prepare_by_position(__file__, __doc__, 'gpt2', corpus.TINY_SHAKESPEARE, cuts)
 
 
 if __name__ == '__main__':

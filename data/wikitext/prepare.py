@@ -4,8 +4,7 @@
     python data/wikitext/prepare.py --size 2    # WikiText-2 in data/wikitext2
     python data/wikitext/prepare.py --files wiki.train.raw --val_files wiki.valid.raw
 
-The lines of a split follow each other as they stand, as one text: no token is put between articles, since the
-published perplexities have none.
+The lines of a split follow each other as they stand, as one text: no token is put between articles.
 """
 
 import sys
