@@ -282,7 +282,7 @@ def get_batch(tokens, seed, step, micro, batch_size, block_size):
 
 def windows(tokens, starts, block_size):
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
-    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+    return rows[:, :-1].copy(), rows[:, 1:].copy()  # of their own: who masks targets leaves the tokens alone
 
 
 def eval_starts(n_tokens, block_size, n_windows):

@@ -45,6 +45,7 @@ from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
 from tokenizer import TokenizerError, from_spec
 
 ROOT = Path(__file__).resolve().parent
+tqdm.set_lock(threading.RLock())  # its default takes a semaphore, which `leave` would leave behind
 
 
 @dataclass(frozen=True)
@@ -498,7 +499,10 @@ def main(argv: list[str]) -> int:
 
 
 def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, device, dtype) -> int:
-    """The training loop; returns the exit status. state: of the checkpoint to go on from, or None."""
+    """The training loop; returns the exit status, or, as one rank of several, ends the process with it.
+
+    state: of the checkpoint to go on from, or None; source: pretrained weights to begin with, or None.
+    """
     rank, local_rank, world, ddp, parent = group
     main_rank = rank == 0
     device_type = device.split(':')[0]
@@ -764,6 +768,7 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
         print()
     if ddp:
         dist.destroy_process_group()
+        leave(0)
     return 0
 
 
@@ -778,23 +783,28 @@ ERRORS = (
 
 
 def run(argv: list[str]):
-    """main as a program: a line instead of a traceback where the user can mend it, then the process ends.
-
-    At once, whatever still runs: a rank that failed must not linger beside a writer's thread, wandb or a
-    process group whose other ranks are gone, since torchrun ends those when this one is gone.
-    """
+    """main as a program: errors that the user can mend are one line instead of a traceback. Never returns."""
     rank = os.environ.get('RANK', '0')
-    status = 1
     try:
-        status = main(argv)
+        leave(main(argv))
     except ERRORS as e:
-        status = 2
         if rank == '0' or not isinstance(e, TrainingError):  # which all ranks raise alike
             print(f'train.py{f" (rank {rank})" * (rank != "0")}: {e}', file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt:
-        status = 130
+        leave(130)
     except Exception:
         traceback.print_exc()
+        leave(1)
+
+
+def leave(status: int):
+    """End the process at once, whatever still runs or would have to be cleaned up.
+
+    A rank that failed must not linger beside a thread, wandb or a process group whose other ranks are gone:
+    torchrun ends those when this one is gone. And a process group of gloo must not be cleaned up: where
+    Python lets go of it last, it waits for its thread, which may wait for Python (torch 2.13).
+    """
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

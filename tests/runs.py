@@ -1,6 +1,7 @@
 """What the tests of whole runs share: tiny data, runs in this process and in others, faults, comparisons."""
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -98,6 +99,23 @@ def happening(step: int, action):
         undo()
 
 
+def wait_for_saves():
+    """Have every save end before training goes on, so that a later fault finds it done."""
+    save = checkpoint.Saver.save
+
+    def and_wait(saver, *args):
+        save(saver, *args)
+        saver.wait()
+
+    checkpoint.Saver.save = and_wait
+
+
+def at_step_after_saves(step: int, action):
+    """Fault of a process."""
+    wait_for_saves()
+    at_step(step, action)
+
+
 def kill_me(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
 
@@ -150,6 +168,7 @@ def _program(argv, log, environment, fault):
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    faulthandler.dump_traceback_later(45, file=sys.__stderr__)  # of one that hangs
     os.environ.update(environment)
     if fault is not None:
         fault()
@@ -177,12 +196,15 @@ class Program:
         return self.log.read_text(encoding='utf-8') if self.log.exists() else ''
 
 
-def start_ranks(n: int, argv, log_folder, fault=None, faulty=None) -> list[Program]:
-    """The same as n ranks on CPU. fault: as of Program, on the rank `faulty`, or on all where it is None."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    group = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(n)}
+        return s.getsockname()[1]
+
+
+def start_ranks(n: int, argv, log_folder, fault=None, faulty=None) -> list[Program]:
+    """The same as n ranks on CPU. fault: as of Program, on the rank `faulty`, or on all where it is None."""
+    group = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(n)}
     ranks = []
     for rank in range(n):
         environment = {**group, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}

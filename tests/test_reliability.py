@@ -1,4 +1,4 @@
-"""One process: whatever happens to a run, it resumes bit for bit, and what cannot work is told in one line."""
+"""One process: whatever happens to a run, it resumes bit for bit; what cannot work is told in one line."""
 
 import errno
 import io
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import kill_runs
 import metrics
 import runs
 import sample
@@ -30,7 +31,7 @@ from runs import (
     status,
     write_tokens,
 )
-from tokendata import DataError
+from tokendata import DataError, open_data
 from tokenizer import Chars, TokenizerError
 
 
@@ -361,7 +362,7 @@ def _limit_file_size():
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the kernel's own refusal
 
-    runs.at_step(6, limit)
+    runs.at_step_after_saves(6, limit)
 
 
 def test_a_file_size_limit_leaves_the_checkpoint(tmp_path, data):
@@ -433,6 +434,21 @@ def test_a_run_of_no_steps_is_saved(tmp_path, data, straight):
     assert lines(tmp_path) == lines(straight)
 
 
+def test_a_whole_evaluation_is_the_mean_over_every_target(tmp_path):
+    data = write_tokens(tmp_path / 'tokens', train=300, val=101)  # 7 windows of 16, the last one overlaps
+    start(tmp_path / 'run', data, max_iters=0, eval_iters=0)
+    model, _ = checkpoint.load_model(tmp_path / 'run')
+    tokens = torch.from_numpy(open_data(data).splits['val'].astype('int64'))
+    with torch.no_grad():
+        windows = [tokens[i : i + 17] for i in range(0, 100, 16)]
+        losses = [model(w[None, :-1], w[None, 1:])[1].item() * (len(w) - 1) for w in windows[:-1]]
+        end = tokens[-17:]  # with the context that the overlap gives it
+        targets = end[None, 1:].clone()
+        targets[:, :12] = -1
+        losses.append(model(end[None, :-1], targets)[1].item() * 4)
+    assert lines(tmp_path / 'run')[0]['val/loss'] == pytest.approx(sum(losses) / 100, abs=1e-6)
+
+
 def test_evaluation_only_leaves_the_run_as_it_is(tmp_path, data, capsys):
     start(tmp_path, data)
     shown = [line for line in capsys.readouterr().out.splitlines() if 'val' in line][-1]
@@ -440,6 +456,14 @@ def test_evaluation_only_leaves_the_run_as_it_is(tmp_path, data, capsys):
     assert resume(tmp_path, eval_only=True) == 0
     assert shown in capsys.readouterr().out
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != '.lock'}
+
+
+def test_runs_killed_at_random_moments_lose_nothing():
+    """The short form of the report in results/kill."""
+    report = kill_runs.main(['--runs=4'])
+    assert report['kills'] >= 4 and report['kills_with_a_file_half_written'] > 0
+    assert (report['runs_bit_identical'], report['checkpoints_lost']) == (4, 0)
+    assert report['most_steps_repeated'] < 2 * report['checkpoint_interval']  # one under way, one to come
 
 
 # ---- reading

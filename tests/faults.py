@@ -1,0 +1,21 @@
+"""train.py that says when it has come to a step: `torchrun tests/faults.py STEP WHAT_THEN train's arguments`.
+
+WHAT_THEN: 'go on', or 'die' (rank 1 is killed).
+"""
+
+import os
+import sys
+
+import runs
+import train
+
+if __name__ == '__main__':
+    step, then, *argv = sys.argv[1:]
+
+    def action():
+        print(f'rank {os.environ["RANK"]} at step {step}', flush=True)
+        if then == 'die' and os.environ['RANK'] == '1':
+            runs.kill_me()
+
+    runs.at_step_after_saves(int(step), action)
+    train.run(argv)
