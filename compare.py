@@ -181,7 +181,11 @@ def _natural(path: Path):
 
 
 def what_is_learned(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in SESSION}
+    """The knobs that decide what a run learns, of where it started only whether from other weights."""
+    learned = {name: value for name, value in config.items() if name not in SESSION}
+    if config.get('init_from') not in (None, 'scratch', 'resume', 'auto'):
+        learned['init_from'] = config['init_from']
+    return learned
 
 
 def validation_set(run: Run):

@@ -523,7 +523,6 @@ def main(argv: list[str]) -> int:
         return 0
     check_data(plan)
     refuse_other_settings(jobs)
-    lock = FolderLock(args.work / plan.tree)
     runner = Runner(args.jobs, args.minutes, args.keep_checkpoints, ['--threads=1'] if args.jobs > 1 else [])
 
     def on_signal(number, frame):
@@ -531,11 +530,11 @@ def main(argv: list[str]) -> int:
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run_all(plan, runner)
+        with FolderLock(args.work / plan.tree):
+            run_all(plan, runner)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        lock.release()
     hidden = ('--jobs', '--minutes', '--keep', '--wandb', '--results', '--work')
     write_readme(plan, 'python experiments.py ' + ' '.join(a for a in argv if not a.startswith(hidden)))
     print(status(plan, plan.headline()))
