@@ -48,25 +48,26 @@ class WindowedMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, vectors, window):
         with without_autocast(logits.device.type):
-            x = with_weight(widen(vectors).movedim(-2, 0))  # (T, ..., d + 1)
-            m, s = window_sums(logits.movedim(-1, 0).to(x.dtype), x, window)
+            x = with_weight(widen(vectors))  # (..., T, d + 1)
+            m, s = window_sums(logits.to(x.dtype), x, window)
             weight = s[..., -1:]
-            mean = s[..., :-1] / weight  # (T, ..., d)
+            mean = s[..., :-1] / weight  # (..., T, d)
         ctx.save_for_backward(logits, vectors, m, weight, mean)
         ctx.window = window
-        return mean.movedim(0, -2).to(vectors.dtype)
+        return mean.to(vectors.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         logits, vectors, m, weight, mean = ctx.saved_tensors
         with without_autocast(logits.device.type):
-            g = grad.movedim(-2, 0) / weight  # (T, ..., d)
-            g = torch.cat([g, (g * mean).sum(-1, keepdim=True)], dim=-1)
+            g = with_weight(grad.to(mean.dtype))  # (..., T, d + 1)
+            g[..., -1] = (grad * mean).sum(-1)
+            g /= weight
             m, s = window_sums(-m, g, ctx.window, backwards=True)
-            s *= safe_exp(m.add_(logits.movedim(-1, 0))).unsqueeze(-1)
-            grad_vectors = s[..., :-1].movedim(0, -2)
-            grad_logits = (vectors * grad_vectors).sum(-1) - s[..., -1].movedim(0, -1)
+            s *= safe_exp(m.add_(logits)).unsqueeze(-1)
+            grad_vectors = s[..., :-1]
+            grad_logits = (vectors * grad_vectors).sum(-1) - s[..., -1]
         return grad_logits.to(logits.dtype), grad_vectors.to(vectors.dtype), None
 
 
@@ -100,8 +101,8 @@ class RunningMean:
                 m, s = total(logits, vectors)
                 m, s = m.unsqueeze(-1), s.unsqueeze(-2)  # (..., 1), (..., 1, d + 1)
             else:
-                m, s = window_sums(logits.movedim(-1, 0), vectors.movedim(-2, 0), window)
-                m, s = m[-T:].movedim(0, -1), s[-T:].movedim(0, -2)
+                m, s = window_sums(logits, vectors, window)
+                m, s = m[..., -T:], s[..., -T:, :]
         if window == 0:
             self.logits, self.vectors = m[..., -1:].clone(), s[..., -1:, :].clone()
         return (s[..., :-1] / s[..., -1:]).to(kind)
@@ -155,22 +156,20 @@ def reach(T: int, window: int):
 
 
 def window_sums(a, x, window: int, backwards: bool = False):
-    """Sums over windows, as pairs worth exp(m) s, time first: a (T, ...), x (T, ..., e) -> the same shapes.
+    """Sums over windows, as pairs worth exp(m) s: a (..., T), x (..., T, e) -> m (..., T), s (..., T, e).
 
     backwards: token i sums over i to i + window - 1 in place of i - window + 1 to i.
     """
-    T, n = a.size(0), -(-a.size(0) // CHUNK)
+    shape, T, n = a.shape[:-1], a.size(-1), -(-a.size(-1) // CHUNK)
     parts, full = reach(T, window)
     if n * CHUNK > T:
-        a = F.pad(a, (0, 0) * (a.dim() - 1) + (0, n * CHUNK - T), value=NEVER)
-        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, n * CHUNK - T))
-    shape = a.shape[1:]
-    a = a.unflatten(0, (n, CHUNK)).movedim(1, -1).reshape(n, -1, CHUNK)  # (n, N, c), N = B * n_head
-    x = x.unflatten(0, (n, CHUNK)).movedim(1, -2).reshape(n, -1, CHUNK, x.size(-1))  # (n, N, c, e)
+        a, x = F.pad(a, (0, n * CHUNK - T), value=NEVER), F.pad(x, (0, 0, 0, n * CHUNK - T))
+    a = a.reshape(-1, n, CHUNK)  # (N, n, c), N = B * n_head
+    x = x.reshape(-1, n, CHUNK, x.size(-1))  # (N, n, c, e)
 
     def ends(back):
         """Slices over chunks: the ones read, and the ones `back` chunks on that read them."""
-        early, late = slice(0, n - back), slice(back, n)
+        early, late = (slice(None), slice(0, n - back)), (slice(None), slice(back, n))
         return (late, early) if backwards else (early, late)
 
     time = torch.arange(CHUNK, device=a.device)
@@ -182,29 +181,28 @@ def window_sums(a, x, window: int, backwards: bool = False):
         source, target = ends(back)
         ages = age + back * CHUNK
         seen.append(((ages >= 0) & (ages < (window or T))).to(a.dtype))
-        scores.append(a[source].unsqueeze(-2) + (1 - seen[-1]) * NEVER)  # (n - back, N, c, c)
+        scores.append(a[source].unsqueeze(-2) + (1 - seen[-1]) * NEVER)  # (N, n - back, c, c)
         if back == 0:
-            m = scores[0].amax(-1)  # (n, N, c)
+            m = scores[0].amax(-1)  # (N, n, c)
         else:
             m[target] = torch.maximum(m[target], scores[-1].amax(-1))
     if full > 0:
         source, target = ends(1)
-        whole_m, whole_s = window_sums(*total(a[source], x[source]), full, backwards)  # (n - 1, N), (…, e)
+        whole_m, whole_s = total(a, x)  # (N, n), (N, n, e)
+        whole_m, whole_s = window_sums(whole_m[source], whole_s[source], full, backwards)
         m[target] = torch.maximum(m[target], whole_m.unsqueeze(-1))
     for back, z, see in zip(parts, scores, seen, strict=True):
         source, target = ends(back)
         p = safe_exp(z.sub_(m[target].unsqueeze(-1))).mul_(see)  # an unseen token's weight is exactly 0
         if back == 0:
-            s = p @ x  # (n, N, c, e)
+            s = p @ x  # (N, n, c, e)
         else:
-            s[target] += p @ x[source]
+            s[target].add_(p @ x[source])
     if full > 0:
         source, target = ends(1)
-        carried = safe_exp(whole_m.unsqueeze(-1) - m[target])  # (n - 1, N, c)
+        carried = safe_exp(whole_m.unsqueeze(-1) - m[target])  # (N, n - 1, c)
         s[target].addcmul_(carried.unsqueeze(-1), whole_s.unsqueeze(-2))
-    m = m.movedim(-1, 1).flatten(0, 1)[:T].unflatten(1, shape)  # (T, ...)
-    s = s.movedim(-2, 1).flatten(0, 1)[:T].unflatten(1, shape)  # (T, ..., e)
-    return m, s
+    return m.flatten(1)[:, :T].unflatten(0, shape), s.flatten(1, 2)[:, :T].unflatten(0, shape)
 
 
 def mean_flops(T: int, window: int, width: int) -> int:
@@ -213,5 +211,5 @@ def mean_flops(T: int, window: int, width: int) -> int:
     parts, full = reach(T, window)
     flops = sum(2 * (n - back) * CHUNK * CHUNK * (width + 1) for back in parts)
     if full > 0:
-        flops += 2 * (n - 1) * CHUNK * (width + 1) + mean_flops(n - 1, full, width)
+        flops += 2 * n * CHUNK * (width + 1) + mean_flops(n - 1, full, width)
     return flops
