@@ -51,7 +51,7 @@ from sources import (
     stored_files,
     text_size,
 )
-from tokendata import DTYPES, FORMAT, META, WORK, DataError, dtype_for, open_data
+from tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, dtype_for, open_data, read_json
 from tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
 
 ROOT = Path(__file__).resolve().parent
@@ -393,11 +393,11 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     job = hashlib.sha256(json.dumps(job, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
         return meta
-    if not _same_job(work, job):
+    if read_json(work / JOB).get('job') != job:
         for path in work.iterdir():
             if path.name != 'lock':
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(work / 'job.json', job)
+        write_json(work / JOB, {'job': job, 'command': command_line()})
     else:
         print(f'going on with what {work} holds')
     spec_path = work / 'spec.json'
@@ -493,13 +493,6 @@ def _already(out_dir, job):
     print(f'{out_dir} is prepared already, and whole')
     report(out_dir, meta)
     return meta
-
-
-def _same_job(work, job):
-    try:
-        return json.loads((work / 'job.json').read_text(encoding='utf-8')) == job
-    except (OSError, ValueError):
-        return False
 
 
 def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):
