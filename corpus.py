@@ -189,6 +189,30 @@ def encode_split(folder, sources, spec, executor, under_way, bar, begin, end):
     return done
 
 
+def encode_splits(work, splits, spec, text_bytes, num_proc, begin, end):
+    """Encodes every split with that many processes, behind a bar -> {split: paths of its chunks}."""
+    if num_proc == 1 or text_bytes < SMALL:
+        executor, under_way = Inline(), 0
+    else:
+        executor, under_way = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker), num_proc + 2
+    often = 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(total=text_bytes, unit='B', unit_scale=True, desc=work.parent.name, mininterval=often)
+    done = {}
+    try:
+        for split, sources in splits.items():
+            done[split] = encode_split(work / split, sources, spec, executor, under_way, bar, begin, end)
+        bar.total = bar.n  # the total was an estimate
+    except BrokenProcessPool as error:
+        raise CorpusError(
+            f'a process that encodes was killed (too little memory?): run it again with --num_proc below '
+            f'{num_proc}; it goes on where it stopped'
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+        bar.close()
+    return done
+
+
 def _collect(pending, bar):
     """Waits for one of the chunks under way -> those that still are."""
     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -414,43 +438,11 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
         print(
             'this tokenizer has no end-of-text token: documents follow each other with nothing between them'
         )
-    text_bytes = {split: estimate(sources) for split, sources in splits.items()}
-    _check_disk(out_dir, work, tokenizer, splits, sum(text_bytes.values()), DTYPES[dtype].itemsize)
+    text_bytes = sum(estimate(sources) for sources in splits.values())
+    _check_disk(out_dir, work, tokenizer, splits, text_bytes, DTYPES[dtype].itemsize)
 
-    if num_proc == 1 or sum(text_bytes.values()) < SMALL:
-        executor, under_way = Inline(), 0
-    else:
-        executor = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker)
-        under_way = num_proc + 2
-    bar = tqdm(
-        total=sum(text_bytes.values()),
-        unit='B',
-        unit_scale=True,
-        desc=f'{out_dir.name}: text',
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    done = {}
-    try:
-        for split, sources in splits.items():
-            done[split] = encode_split(
-                work / split,
-                sources,
-                (spec_path, tokenizer.fingerprint),
-                executor,
-                under_way,
-                bar,
-                begin_id,
-                end_id,
-            )
-        bar.total = bar.n  # the total was an estimate
-    except BrokenProcessPool as error:
-        raise CorpusError(
-            f'a process that encodes was killed (too little memory?): run it again with --num_proc below '
-            f'{num_proc}; it goes on where it stopped'
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-        bar.close()
+    spec = spec_path, tokenizer.fingerprint
+    done = encode_splits(work, splits, spec, text_bytes, num_proc, begin_id, end_id)
     entries = join_and_hold_out(work, done.pop('train'), holdout) if holdout else {}
     entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
     for split, entry in entries.items():
