@@ -51,7 +51,7 @@ from sources import (
     stored_files,
     text_size,
 )
-from tokendata import DTYPES, FORMAT, META, WORK, DataError, dtype_for, open_data
+from tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, dtype_for, open_data, read_json
 from tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
 
 ROOT = Path(__file__).resolve().parent
@@ -186,6 +186,30 @@ def encode_split(folder, sources, spec, executor, under_way, bar, begin, end):
             pending = _collect(pending, bar)
     while pending:
         pending = _collect(pending, bar)
+    return done
+
+
+def encode_splits(work, splits, spec, text_bytes, num_proc, begin, end):
+    """Encodes every split with that many processes, behind a bar -> {split: paths of its chunks}."""
+    if num_proc == 1 or text_bytes < SMALL:
+        executor, under_way = Inline(), 0
+    else:
+        executor, under_way = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker), num_proc + 2
+    often = 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(total=text_bytes, unit='B', unit_scale=True, desc=work.parent.name, mininterval=often)
+    done = {}
+    try:
+        for split, sources in splits.items():
+            done[split] = encode_split(work / split, sources, spec, executor, under_way, bar, begin, end)
+        bar.total = bar.n  # the total was an estimate
+    except BrokenProcessPool as error:
+        raise CorpusError(
+            f'a process that encodes was killed (too little memory?): run it again with --num_proc below '
+            f'{num_proc}; it goes on where it stopped'
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+        bar.close()
     return done
 
 
@@ -393,11 +417,11 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     job = hashlib.sha256(json.dumps(job, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
         return meta
-    if not _same_job(work, job):
+    if read_json(work / JOB).get('job') != job:
         for path in work.iterdir():
             if path.name != 'lock':
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(work / 'job.json', job)
+        write_json(work / JOB, {'job': job, 'command': command_line()})
     else:
         print(f'going on with what {work} holds')
     spec_path = work / 'spec.json'
@@ -414,43 +438,11 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
         print(
             'this tokenizer has no end-of-text token: documents follow each other with nothing between them'
         )
-    text_bytes = {split: estimate(sources) for split, sources in splits.items()}
-    _check_disk(out_dir, work, tokenizer, splits, sum(text_bytes.values()), DTYPES[dtype].itemsize)
+    text_bytes = sum(estimate(sources) for sources in splits.values())
+    _check_disk(out_dir, work, tokenizer, splits, text_bytes, DTYPES[dtype].itemsize)
 
-    if num_proc == 1 or sum(text_bytes.values()) < SMALL:
-        executor, under_way = Inline(), 0
-    else:
-        executor = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker)
-        under_way = num_proc + 2
-    bar = tqdm(
-        total=sum(text_bytes.values()),
-        unit='B',
-        unit_scale=True,
-        desc=f'{out_dir.name}: text',
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    done = {}
-    try:
-        for split, sources in splits.items():
-            done[split] = encode_split(
-                work / split,
-                sources,
-                (spec_path, tokenizer.fingerprint),
-                executor,
-                under_way,
-                bar,
-                begin_id,
-                end_id,
-            )
-        bar.total = bar.n  # the total was an estimate
-    except BrokenProcessPool as error:
-        raise CorpusError(
-            f'a process that encodes was killed (too little memory?): run it again with --num_proc below '
-            f'{num_proc}; it goes on where it stopped'
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-        bar.close()
+    spec = spec_path, tokenizer.fingerprint
+    done = encode_splits(work, splits, spec, text_bytes, num_proc, begin_id, end_id)
     entries = join_and_hold_out(work, done.pop('train'), holdout) if holdout else {}
     entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
     for split, entry in entries.items():
@@ -493,13 +485,6 @@ def _already(out_dir, job):
     print(f'{out_dir} is prepared already, and whole')
     report(out_dir, meta)
     return meta
-
-
-def _same_job(work, job):
-    try:
-        return json.loads((work / 'job.json').read_text(encoding='utf-8')) == job
-    except (OSError, ValueError):
-        return False
 
 
 def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):

@@ -19,7 +19,8 @@ from tokenizer import fingerprint
 
 FORMAT = 1  # of meta.json
 SPLITS = ('train', 'val', 'test')
-META, STAMP, WORK = 'meta.json', '.verified.json', '.prepare'
+META, STAMP = 'meta.json', '.verified.json'
+WORK, JOB = '.prepare', 'job.json'  # the folder of a preparation under way, and what it is to make
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 SCAN_BYTES = 1 << 23  # read at a time when a file is verified
 
@@ -57,9 +58,8 @@ def open_data(folder, block_size=None, vocab_size=None, verify=True):
         raise DataError(f'{folder} does not exist: {_mend(folder, {})}')
     has_meta = (folder / META).is_file()
     if not has_meta and (folder / WORK).is_dir():
-        raise DataError(
-            f'{folder} holds an unfinished preparation: {_mend(folder, {})}; it goes on where it stopped'
-        )
+        mend = _mend(folder, read_json(folder / WORK / JOB))
+        raise DataError(f'{folder} holds an unfinished preparation: {mend}; it goes on where it stopped')
     meta = _read_meta(folder, vocab_size) if has_meta else {}
     mend = _mend(folder, meta)
     if not has_meta and not vocab_size:
@@ -79,7 +79,7 @@ def open_data(folder, block_size=None, vocab_size=None, verify=True):
         _check_size(path, dtype, meta.get('splits', {}).get(name), block_size, mend)
     hashes = {name: split['sha256'] for name, split in meta.get('splits', {}).items()}
     if verify:
-        stamps = _read_stamps(folder)
+        stamps = read_json(folder / STAMP)
         found = {
             name: _verified(path, dtype, vocab_size, hashes.get(name), stamps, mend)
             for name, path in files.items()
@@ -243,12 +243,13 @@ def _check_plain(path, block, tokens):
         )
 
 
-def _read_stamps(folder):
+def read_json(path):
+    """The object in a file that may be missing or broken: then an empty one."""
     try:
-        stamps = json.loads((folder / STAMP).read_text(encoding='utf-8'))
-        return stamps if isinstance(stamps, dict) else {}
+        content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write_stamps(folder, stamps):

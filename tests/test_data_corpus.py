@@ -426,6 +426,7 @@ def test_chunks_do_not_change_the_files(tmp_path, monkeypatch):
 
 # Kill and go on -------------------------------------------------------------
 
+posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
 DRIVER = """
     import os, signal, sys
     sys.path.insert(0, {root!r})
@@ -518,6 +519,7 @@ def reference(tmp_path_factory, root):
     return made
 
 
+@posix
 @pytest.mark.parametrize(
     ('fault', 'holdout'),
     [
@@ -552,7 +554,7 @@ def test_killed_and_run_again(tmp_path, root, reference, fault, holdout):
     assert len(open_data(tmp_path / 'set').splits) == 2
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+@posix
 def test_workers_end_with_a_killed_parent(tmp_path, root, reference):
     for name, content in reference['texts'].items():
         (tmp_path / name).write_bytes(content)
@@ -587,6 +589,7 @@ def _alive(pid):
     return not (stat.exists() and stat.read_text().rsplit(')', 1)[1].split()[0] == 'Z')
 
 
+@posix
 def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, root, reference):
     for name, content in reference['texts'].items():
         (tmp_path / name).write_bytes(content)

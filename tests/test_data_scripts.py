@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from fake_hub import COMMIT, serving
-from tokendata import open_data
+from tokendata import DataError, open_data
 from tokenizer import from_spec, train_bpe
 
 SCRIPTS = (
@@ -155,6 +156,17 @@ def test_openwebtext_with_a_bpe_of_its_own(root, tmp_path):
     data = open_data(out)
     assert data.vocab_size <= 300
     assert data.meta['splits']['val']['documents'] == 4
+
+
+def test_an_unfinished_preparation_names_its_command(root, tmp_path):
+    out = tmp_path / 'set'
+    train = write_jsonl(tmp_path / 'train.jsonl', [{'text': TEXT}, {'text': 7}])
+    flags = ['--files', train, '--tokenizer', 'bytes', '--val_fraction', '0.5', '--out_dir', out]
+    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=1)
+    assert 'line 2: field' in errors
+    command = ' '.join(['python', 'data/openwebtext/prepare.py', *map(str, flags)])
+    with pytest.raises(DataError, match=re.escape(f'unfinished preparation: run {command}; it goes on')):
+        open_data(out)
 
 
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char'])
