@@ -142,8 +142,6 @@ def check(k: Knobs):
             raise ConfigError(f'{name}={getattr(k, name)!r}: one of {", ".join(allowed)}')
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')
-    if k.overwrite and k.init_from == 'resume':
-        raise ConfigError('overwrite starts over and init_from=resume goes on: give one of them')
     if k.init_from in STARTS:  # else the checkpoint has a say, see pretrained_knobs
         check_model(k)
 
@@ -335,11 +333,11 @@ def resume_knobs(k: Knobs, given: dict, say) -> Knobs:
             f'{path}, with the knobs of the run, cannot be read ({type(e).__name__}: {e}): put it back, or '
             'start another run in another --out_dir'
         ) from None
-    session = {'out_dir', 'init_from', 'overwrite'}  # of this start, not of the run
-    merged = replace(saved, **{**given, **{name: getattr(k, name) for name in session}})
-    for name in (f.name for f in fields(Knobs) if f.name not in session):
-        old, new = getattr(saved, name), getattr(merged, name)
-        if old != new:
+    begun = {'init_from': saved.init_from, 'overwrite': saved.overwrite}  # these say how the run began
+    merged = replace(saved, **{**given, **begun, 'out_dir': k.out_dir})
+    for name, new in asdict(merged).items():
+        old = getattr(saved, name)
+        if old != new and name != 'out_dir':
             say(f'resume: {name} is now {new!r}, was {old!r}')
     return merged
 
@@ -437,6 +435,8 @@ def main(argv: list[str]) -> int:
     there = [name for name in RUN_FILES if (out_dir / name).exists()]
     saved = any(name.endswith('.pt') for name in there)
     resume = k.init_from == 'resume' or (k.init_from == 'auto' and saved)
+    if k.overwrite and k.init_from in ('resume', 'auto'):
+        raise ConfigError(f'overwrite starts over and init_from={k.init_from} goes on: give one of them')
     if resume and not saved:
         raise ConfigError(
             f'{out_dir} holds a run that ended before its first save: start over with --overwrite'
@@ -450,6 +450,10 @@ def main(argv: list[str]) -> int:
         )
     if resume:
         k = resume_knobs(k, given, say)
+        check_model(k)
+    elif k.init_from == 'auto':  # nothing is here: start as the config files would
+        start = configure(Knobs, [str(f) for f in files]).knobs.init_from
+        k = replace(k, init_from='scratch' if start in STARTS else start)
     check(k)
     device = pick_device(k.device, local_rank)
     dtype = pick_dtype(k.dtype, device)

@@ -20,6 +20,7 @@ import sample
 import train
 from checkpoint import BEST, LAST, PREVIOUS, CheckpointError
 from configurator import ConfigError
+from pretrained import PretrainedError
 from runs import (
     assert_same_run,
     flags,
@@ -201,6 +202,59 @@ def test_auto_starts_over_where_nothing_was_saved(tmp_path, data, straight):
     assert_same_run(straight, tmp_path)
 
 
+def test_auto_starts_as_the_config_file_says(tmp_path, data):
+    """Else a queue that adds --init_from=auto to a fine-tuning would train from random weights."""
+    config = tmp_path / 'finetune.py'
+    config.write_text(f'init_from = {str(tmp_path / "weights")!r}\n', encoding='utf-8')
+    (tmp_path / 'weights').mkdir()
+    argv = [str(config), *flags(tmp_path / 'run', dataset=data, init_from='auto', **runs.TINY)]
+    with pytest.raises(PretrainedError, match='weights'):
+        train.main(argv)
+    config.write_text('init_from = "auto"\n', encoding='utf-8')
+    assert train.main(argv) == 0
+
+
+def test_the_record_says_how_the_run_began(tmp_path, data):
+    start(tmp_path, data, max_iters=5, init_from='auto')
+    resume(tmp_path, max_iters=6)
+    run = json.loads((tmp_path / metrics.RUN).read_text(encoding='utf-8'))
+    assert run['config']['init_from'] == 'scratch' and run['config']['max_iters'] == 6
+    assert '--init_from=resume' in run['command']
+
+
+def test_the_loss_scaler_resumes(tmp_path, data, monkeypatch):
+    """fp16 is for CUDA; here CPU plays its part, with so large a scale that the first steps overflow."""
+    monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
+    scaler = torch.amp.GradScaler
+    grow = {'init_scale': 2.0**24, 'growth_interval': 3}
+    monkeypatch.setattr(
+        torch.amp, 'GradScaler', lambda device, enabled: scaler(device, enabled=enabled, **grow)
+    )
+    start(tmp_path / 'a', data)
+    norms = [r['grad_norm'] for r in lines(tmp_path / 'a') if 'grad_norm' in r]
+    assert None in norms and None not in norms[-1:]  # skipped at first, and it learned in the end
+    start(tmp_path / 'b', data, max_iters=5, lr_decay_iters=12)
+    resume(tmp_path / 'b', max_iters=12)
+    assert_same_run(tmp_path / 'a', tmp_path / 'b')
+    assert checkpoint.load(tmp_path / 'a' / LAST)['scaler']['scale'] < 2.0**24
+
+
+def test_a_loss_scaler_that_finds_no_scale_stops(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
+    scaler, real = torch.amp.GradScaler, train.GPT
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, init_scale=2.0**-10))
+
+    def broken(*args, **kwargs):
+        model = real(*args, **kwargs)
+        model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient + float('inf'))
+        return model
+
+    monkeypatch.setattr(train, 'GPT', broken)
+    told = r'iteration 4: loss .*, gradient norm inf; first not finite: the gradient of transformer\.h\.0\.mlp\.c_fc'
+    with pytest.raises(train.TrainingError, match=told):  # after four halvings, not skipping for ever
+        start(tmp_path, data)
+
+
 def test_auto_does_not_start_over_where_only_the_last_checkpoint_is_missing(tmp_path, data):
     start(tmp_path, data)
     (tmp_path / LAST).unlink()
@@ -218,8 +272,9 @@ def test_a_used_folder_is_refused_unless_told(tmp_path, data, straight):
         f'{tmp_path} holds a finished run (7 of 7 iterations): go on with --init_from=resume, '
         'start over with --overwrite, or give another --out_dir'
     )
-    with pytest.raises(ConfigError, match='give one of them'):
-        resume(tmp_path, overwrite=True)
+    for init_from in ('resume', 'auto'):
+        with pytest.raises(ConfigError, match=f'init_from={init_from} goes on: give one of them'):
+            start(tmp_path, data, init_from=init_from, overwrite=True)
     start(tmp_path, data, overwrite=True)
     assert_same_run(straight, tmp_path)
 

@@ -1,26 +1,9 @@
-"""Token files: what is wrong with one is told in a line; batches and evaluations are pure functions."""
-
-import hashlib
-import json
+"""The batches of training and the windows of evaluation: pure functions (files: test_data_reader.py)."""
 
 import numpy as np
 import pytest
 
-from runs import write_tokens
-from tokendata import (
-    DataError,
-    batch_starts,
-    eval_batch,
-    eval_starts,
-    get_batch,
-    open_data,
-)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_tokens(tmp_path / 'tokens', train=1000, val=200)
-
+from tokendata import batch_starts, eval_batch, eval_starts, get_batch
 
 # ---- batches
 
@@ -103,99 +86,3 @@ def test_more_windows_than_there_are_is_the_whole_split():
         starts, skip = eval_starts(1000, 16, n)
         whole = eval_starts(1000, 16, 0)
         assert np.array_equal(starts, whole[0]) and np.array_equal(skip, whole[1])
-
-
-# ---- what is wrong with a data set
-
-
-def refusal(folder, **options) -> str:
-    with pytest.raises(DataError) as error:
-        open_data(folder, **{'block_size': 16, **options})
-    assert '\n' not in str(error.value)
-    return str(error.value)
-
-
-def test_a_good_data_set_is_verified_once(folder, monkeypatch):
-    data = open_data(folder, block_size=16)
-    assert data.vocab_size == 257 and {name: len(t) for name, t in data.splits.items()} == {
-        'train': 1000,
-        'val': 200,
-    }
-    monkeypatch.setattr('tokendata._scan', None)
-    assert open_data(folder, block_size=16).fingerprint == data.fingerprint is not None
-
-
-def test_metadata_is_required(folder):
-    (folder / 'meta.json').unlink()
-    line = refusal(folder)
-    assert line.startswith(f'{folder / "meta.json"} is missing') and 'vocab_size' in line
-    assert open_data(folder, 16, vocab_size=64).vocab_size == 64  # a plain .bin of nanoGPT
-
-
-def test_a_missing_folder_and_a_missing_split(folder, tmp_path):
-    assert f'{tmp_path / "nothing"} does not exist: make it with' in refusal(tmp_path / 'nothing')
-    (folder / 'train.bin').unlink()
-    assert f'{folder / "train.bin"} is missing: make it with' in refusal(folder)
-
-
-def test_too_few_tokens(folder):
-    assert 'val.bin holds 200 tokens, block_size 200 needs at least 201' in refusal(folder, block_size=200)
-    open_data(folder, block_size=199)
-
-
-@pytest.mark.parametrize(
-    'content, line',
-    [
-        (b'', 'val.bin is empty'),
-        (
-            b'\0' * 399,
-            'val.bin holds 399 bytes, not a whole number of 2-byte uint16 tokens: it was cut short',
-        ),
-        (b'\0' * 398, 'val.bin holds 199 tokens of uint16, meta.json says 200: it was cut short'),
-        (b'\0' * 800, 'val.bin holds 400 tokens of uint16, meta.json says 200: it looks like uint32'),
-        (b'\0' * 1600, 'it looks like int64'),
-        (b'\0' * 400, 'val.bin has SHA-256 '),
-    ],
-    ids=['empty', 'odd', 'truncated', 'uint32', 'int64', 'changed'],
-)
-def test_a_damaged_file(folder, content, line):
-    (folder / 'val.bin').write_bytes(content)
-    assert line in refusal(folder)
-
-
-def test_one_token_outside_of_the_vocabulary(folder):
-    tokens = np.fromfile(folder / 'train.bin', '<u2')
-    tokens[777] = 300
-    tokens.tofile(folder / 'train.bin')
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    meta['splits']['train']['sha256'] = hashlib.sha256(tokens.tobytes()).hexdigest()
-    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    assert 'train.bin holds token id 300 at position 777, the vocabulary has 257 ids' in refusal(folder)
-
-
-def test_files_of_another_dtype_without_metadata(folder):
-    (folder / 'meta.json').unlink()
-    (np.arange(1000) % 64).astype('<u4').tofile(folder / 'train.bin')
-    assert 'looks like tokens of 4 or 8 bytes, uint16 was expected' in refusal(folder, vocab_size=64)
-    np.save(folder / 'train.npy', np.arange(1000, dtype='<u2') % 64)
-    (folder / 'train.npy').rename(folder / 'train.bin')
-    assert 'is a .npy file' in refusal(folder, vocab_size=65536)
-
-
-@pytest.mark.parametrize('text', ['', '{"vocab_size": 3', '[]', '{"vocab_size": "many"}'])
-def test_metadata_that_is_none(folder, text):
-    (folder / 'meta.json').write_text(text, encoding='utf-8')
-    assert refusal(folder).startswith(str(folder / 'meta.json'))
-
-
-def test_a_tokenizer_that_changed(folder):
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    meta['tokenizer']['eot'] = 7
-    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    assert 'has fingerprint' in refusal(folder)
-
-
-def test_an_unfinished_preparation(folder):
-    (folder / 'meta.json').unlink()
-    (folder / '.prepare').mkdir()
-    assert 'holds an unfinished preparation' in refusal(folder, vocab_size=64)
