@@ -313,7 +313,7 @@ class Comparison:
         if self.base:
             self._hold_against_base()
         self.points = {a.name: a.points(None if a is self.base else self.base) for a in self.arms}
-        self.warnings = list(unequal(self.arms, self.base))
+        self.warnings = list(cautions(self.arms, self.base))
 
     def _hold_against_base(self):
         logs = {a.name: {s: math.log(v) for s, v in a.by_seed('tokens_per_s').items()} for a in self.arms}
@@ -340,8 +340,8 @@ def refuse_other_validation_sets(arms: list[Arm]):
         )
 
 
-def unequal(arms: list[Arm], base: Arm | None):
-    """What is not equal and should be, line by line: shown above everything else."""
+def cautions(arms: list[Arm], base: Arm | None):
+    """What is not equal and should be, and what is too little, line by line: shown above everything else."""
     for arm in arms:
         for run in (r for r in arm.runs if not r.finished):
             yield f'{arm.name}, seed {run.seed}: {run.state}; it does not count ({run.folder.as_posix()})'
@@ -350,6 +350,11 @@ def unequal(arms: list[Arm], base: Arm | None):
             a, b = list(kinds.values())[:2]
             knobs = ', '.join(f'{k} {v!r} and {w!r}' for k, v, w in unlike(a.config, b.config))
             yield f'{arm.name}: its runs differ in more than the seed (seeds {a.seed} and {b.seed}: {knobs})'
+    few = [
+        f'{a.name} ({len(a.difference.seeds)})' for a in arms if a.difference and len(a.difference.seeds) < 5
+    ]
+    if few:
+        yield f'fewer than 5 seeds in common with {base.name}, too few for a headline: {", ".join(few)}'
     for arm in arms:
         if base is None or arm is base or not (arm.one and base.one):
             continue
@@ -459,6 +464,8 @@ def table(c: Comparison) -> tuple[list[str], list[list[str]]]:
         row['MFU'] = f'{mfu:.1%}' if mfu else NOTHING
         row['peak memory'] = f'{memory / 2**20:,.0f} MiB' if memory else NOTHING
         row['KV cache per token'] = f'{model["cache_bytes_per_token"]:,} B' if model else NOTHING
+        fixed = model.get('state_bytes')  # of a recurrence, whatever the length
+        row['state per sequence'] = f'{fixed:,} B' if fixed else NOTHING
         rows.append(row)
     shown = [name for name in rows[0] if any(row[name] != NOTHING for row in rows)]
     return shown, [[row[name] for name in shown] for row in rows]
@@ -503,7 +510,7 @@ def markdown(c: Comparison, title: str, command: str) -> str:
     header, rows = table(c)
     lines = [f'### {title}', '']
     for warning in c.warnings:
-        lines += [f'> **Not equal:** {warning}', '>']
+        lines += [f'> **Caution:** {warning}', '>']
     lines += [''] * bool(c.warnings)
     lines += ['| ' + ' | '.join(row) + ' |' for row in (header, ['---'] * len(header), *rows)]
     lines += ['', reading_guide(c), '']

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import train
@@ -136,6 +136,14 @@ SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's
 # One run
 
 
+@cache
+def resolve(arguments: tuple) -> train.Knobs:
+    """What train.py makes of its arguments; ConfigError where it would refuse them."""
+    knobs = configure(train.Knobs, [str(ROOT / a) if a.endswith('.py') else a for a in arguments]).knobs
+    train.check(knobs)
+    return knobs
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of train.py. Its state is what its files say: nothing is lost with the process that runs it."""
@@ -145,12 +153,9 @@ class Job:
     results: Path  # gets the small files
     out: Path  # train.py's out_dir
 
-    @cached_property
+    @property
     def knobs(self) -> train.Knobs:
-        given = [str(ROOT / a) if a.endswith('.py') else a for a in self.arguments]
-        knobs = configure(train.Knobs, given).knobs
-        train.check(knobs)
-        return knobs
+        return resolve(self.arguments)
 
     def __str__(self):
         return f'{self.arm} {self.results.name}'

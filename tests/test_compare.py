@@ -128,7 +128,7 @@ def test_the_table_says_what_the_files_say(tree, tmp_path):
     assert rows['worse']['training time'] == '1.6 s', '100 steps of 32 tokens at 2000 a second'
     assert better['MFU'] == '35.0%' and better['peak memory'] == '256 MiB'
     assert better['parameters'] == '2.000M' and better['KV cache per token'] == '3,072 B'
-    assert "better: attention='better'" in text and 'Not equal' not in text
+    assert "better: attention='better'" in text and 'Caution' not in text
     arms = {arm['name']: arm for arm in page['arms']}
     assert [p['iter'] for p in arms['better']['points']] == [0, 25, 50, 75, 100]
     last = arms['better']['points'][-1]
@@ -206,6 +206,7 @@ def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     assert 'moved ran with threads 2' in text
     assert 'mixed: its runs differ in more than the seed (seeds 0 and 1: dropout None and 0.1)' in text
     assert 'not tested' in text, 'one seed is no test'
+    assert 'too few for a headline: mixed (2), moved (1), short (1)' in text
 
 
 def test_any_output_folders_compare(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import compare
 import experiments
+import metrics
 import train
 from configurator import ConfigError
 from model import GPT
@@ -291,6 +293,37 @@ def test_status_and_mistakes(lab, tmp_path, capsys):
     ):
         with pytest.raises(ConfigError, match=words):
             lab(*argv)
+
+
+def test_the_same_comparison_in_wandb(tmp_path, monkeypatch):
+    """Offline, and read back: an arm is a group, a run is named after its folder, steps are iterations."""
+    pytest.importorskip('wandb')
+    plan = experiments.Plan(parse('4', '--scale=cpu', '--wandb', '--name=mine'), [])
+    k = plan.job(plan.tree, 'reflex_422', 3, 1e-3).knobs
+    assert (k.wandb_log, k.wandb_group, k.wandb_run_name) == (
+        True,
+        'mine/reflex_422',
+        'mine/reflex_422/seed3',
+    )
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    log = metrics.Wandb(True, 'project', k.wandb_run_name, k.wandb_group, tmp_path, {'seed': 3})
+    log.log({'iter': 0, 'val/loss': 5.0})
+    log.log({'iter': 250, 'val/loss': 4.5})
+    log.summary({'best_val_loss': 4.5})
+    log.finish()
+    (path,) = (tmp_path / 'wandb').rglob('*.wandb')
+    command = [Path(sys.executable).with_name('wandb'), 'leet', 'inspect', '--json', path]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, encoding='utf-8', timeout=60)
+    records = [json.loads(line) for line in told.stdout.splitlines()]
+    (run,) = (r['run'] for r in records if r['type'] == 'run')
+    assert (run['run_group'], run['display_name']) == ('mine/reflex_422', 'mine/reflex_422/seed3')
+    assert run['config']['update']['seed'] == 3
+    assert any(r['metric'].get('step_metric') == 'iter' for r in records if r['type'] == 'metric')
+    rows = [r['history']['item'] for r in records if r['type'] == 'history']
+    assert [(row['iter'], row['val/loss']) for row in rows] == [(0, 5.0), (250, 4.5)]
+    summary = {k: v for r in records if r['type'] == 'summary' for k, v in r['summary']['update'].items()}
+    assert summary['best_val_loss'] == 4.5
 
 
 def test_a_real_run(tmp_path):
