@@ -167,10 +167,16 @@ def token_difference(tokenizer, folder: str | Path) -> str:
         theirs = load_tokenizer(str(folder))
     except TokenizerError as error:
         return f'the tokenizer of the checkpoint is not known ({error})'
-    if tokenizer.vocab_size > theirs.vocab_size:
-        return f'the data has {tokenizer.vocab_size} token ids, the checkpoint {theirs.vocab_size}'
-    for i in range(tokenizer.vocab_size):
-        ours, other = tokenizer.decode([i]), theirs.decode([i])
+    return difference(tokenizer, theirs)
+
+
+def difference(data, checkpoint) -> str:
+    """'' if every id of the data's tokenizer means the same text to the checkpoint's; else the first that
+    does not."""
+    if data.vocab_size > checkpoint.vocab_size:
+        return f'the data has {data.vocab_size} token ids, the checkpoint {checkpoint.vocab_size}'
+    for i in range(data.vocab_size):
+        ours, other = data.decode([i]), checkpoint.decode([i])
         if ours != other:
             return f'token {i} is {ours!r} in the data and {other!r} in the checkpoint'
     return ''
