@@ -100,12 +100,17 @@ def versions() -> dict[str, str]:
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The lines of a metrics file; a last line that a kill cut short is left out."""
-    lines = Path(path).read_text(encoding='utf-8').split('\n')
-    records = [json.loads(line) for line in lines[:-1] if line]
-    try:
-        return records + ([json.loads(lines[-1])] if lines[-1] else [])
-    except json.JSONDecodeError:
-        return records
+    lines = Path(path).read_text(encoding='utf-8', errors='replace').split('\n')
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except json.JSONDecodeError as e:
+            if number < len(lines):
+                raise CheckpointError(
+                    f'{path}, line {number} is not JSON ({e.msg}): delete the line'
+                ) from None
+    return records
 
 
 class Metrics:

@@ -106,6 +106,7 @@ class Knobs:
     device: str = 'auto'  # auto (cuda, mps or cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'  # auto | float32 | bfloat16 | float16: autocast; weights stay float32
     compile: bool = True  # torch.compile; takes a minute to start, needs a C++ compiler on CPU
+    deterministic: bool = False  # on CUDA the same bits every time too (CPU gives them anyway); slower
     threads: int = 0  # CPU threads per process; 0 = torch's choice
     backend: str = 'auto'  # of torch.distributed: auto | nccl | gloo
     dist_timeout: float = 600.0  # seconds after which ranks give up on one that does not answer
@@ -466,6 +467,9 @@ def main(argv: list[str]) -> int:
     if k.threads:
         torch.set_num_threads(k.threads)
     torch.set_float32_matmul_precision('high')
+    torch.use_deterministic_algorithms(k.deterministic)  # an operation that cannot be is an error
+    if k.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which cuBLAS asks for then
     if device_type == 'cuda':
         torch.cuda.set_device(device)
 

@@ -1,6 +1,6 @@
 """train.py that says when it has come to a step: `torchrun tests/faults.py STEP WHAT_THEN train's arguments`.
 
-WHAT_THEN: 'go on', or 'die' (rank 1 is killed).
+WHAT_THEN: 'go on', 'die' (rank 1 is killed), or 'die once' (unless torchrun has started it again).
 """
 
 import os
@@ -14,7 +14,8 @@ if __name__ == '__main__':
 
     def action():
         print(f'rank {os.environ["RANK"]} at step {step}', flush=True)
-        if then == 'die' and os.environ['RANK'] == '1':
+        again = os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'
+        if os.environ['RANK'] == '1' and (then == 'die' or (then == 'die once' and not again)):
             runs.kill_me()
 
     runs.at_step_after_saves(int(step), action)

@@ -238,6 +238,14 @@ def test_torchrun_ends_when_a_rank_is_killed(tmp_path, data, straight):
     assert_resumes(tmp_path, straight)
 
 
+def test_torchrun_restarts_where_a_rank_was_killed(tmp_path, data, straight):
+    argv = flags(tmp_path, dataset=data, init_from='auto', **TINY)
+    torchrun = Torchrun([*ONE_HOST, '--max_restarts=1'], 'tests/faults.py', ['7', 'die once', *argv])
+    assert torchrun.end() == 0, torchrun.seen
+    assert 'from iteration 5' in torchrun.seen
+    assert_same_run(straight(2), tmp_path)
+
+
 def assert_resumes(out, straight):
     """It goes on to the end, or has come further, as a run that nothing happened to."""
     if checkpoint.load(out / LAST)['iter'] < 12:
