@@ -3,6 +3,7 @@
     python experiments.py 4 --scale=cpu --seeds=5 --jobs=2   # experiment 4 shrunk for a laptop, two at a time
     python experiments.py 4 --scale=paper                    # its published size, for a GPU
     python experiments.py 4 peers --scale=cpu --jobs=2       # and the closest published ideas beside them
+    python experiments.py 4 config/mine.py --scale=cpu       # and your own: an arm named mine
     python experiments.py 4 --scale=cpu --status             # what is done, and stop
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
 
@@ -27,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -65,8 +66,9 @@ SCALES = {
     # all sizes shrunk together: a quarter of the block, a sixth to a fifth of the width; 8.2M tokens per run
     'cpu': Scale(
         ['proposals_bpe4096', 'stdlib'],
-        ['config/size_cpu.py', '--device=cpu', '--eval_iters=32'],
+        ['config/size_cpu.py', '--device=cpu', '--eval_iters=32', '--compile=true'],
         {'512/256': ['--n_embd=96', '--block_size=64'], '512/1024': ['--n_embd=96'], '768/1024': []},
+        rates=(1e-3, 2e-3, 4e-3),
     ),
 }
 
@@ -280,19 +282,29 @@ class Plan:
     def __init__(self, args, extra: list[str]):
         self.args, self.extra = args, extra
         self.scale = SCALES[args.scale]
-        folders = {EXPERIMENTS[name].beside or name for name in args.experiments}
+        own = [Path(name) for name in args.experiments if name.endswith('.py')]
+        names = [name for name in args.experiments if not name.endswith('.py')]
+        for name in names:
+            if name not in EXPERIMENTS:
+                raise ConfigError(f'no experiment {name!r}: there are {", ".join(EXPERIMENTS)}')
+        folders = {EXPERIMENTS[name].beside or name for name in names}
         if len(folders) > 1:
+            raise ConfigError(f'{" and ".join(names)} have no baseline in common: run one, then the other')
+        if not folders:
             raise ConfigError(
-                f'{" and ".join(args.experiments)} have no baseline in common: run one, then the other'
+                f'{own[0]} is compared in which experiment? Name it too: experiments.py 4 {own[0]}'
             )
         (folder,) = folders
-        self.question, self.baseline = EXPERIMENTS[folder].question, next(iter(EXPERIMENTS[folder].arms))
+        base = EXPERIMENTS[folder]
+        self.question, self.baseline = base.question, next(iter(base.arms))
+        self.experiment_of = {arm: EXPERIMENTS[name] for name in names for arm in EXPERIMENTS[name].arms}
+        for path in own:
+            full = path.resolve()
+            config = full.relative_to(ROOT) if full.is_relative_to(ROOT) else full
+            self.experiment_of[path.stem] = replace(base, arms={path.stem: [config.as_posix()]})
         self.name = args.name or f'{folder}-{args.scale}'
         self.tree = self.name if args.equal == 'steps' else f'{self.name}-{args.equal}'
         self.seeds = range(args.seeds or self.scale.seeds)
-        self.experiment_of = {
-            a: EXPERIMENTS[name] for name in args.experiments for a in EXPERIMENTS[name].arms
-        }
         self.arms = args.arms.split(',') if args.arms else list(self.experiment_of)
         for arm in self.arms:
             if arm not in self.experiment_of:
@@ -500,7 +512,7 @@ def main(argv: list[str]) -> int:
     )
     option = parser.add_argument
     told = '; '.join(f'{name}: {e.question}' for name, e in EXPERIMENTS.items())
-    option('experiments', nargs='+', choices=EXPERIMENTS, metavar='EXPERIMENT', help=told)
+    option('experiments', nargs='+', metavar='EXPERIMENT', help=f'{told}; a config file: an arm of your own')
     option('--scale', choices=SCALES, required=True, help='paper: as published; cpu: shrunk for a laptop')
     option('--seeds', type=int, default=0, help='how many: 0, 1, … (5)')
     option('--jobs', type=int, default=1, help='runs side by side; if several, with one CPU thread each (1)')
