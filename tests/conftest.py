@@ -26,6 +26,20 @@ def shared():
     return folder
 
 
+def random_gpt(config, seed=0, std=0.2):
+    """A GPT whose attention is far from uniform; norms, biases and shares are not at their start either."""
+    import torch
+
+    from model import GPT
+
+    model = GPT(config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty_like(p).normal_(0.0, std, generator=generator))
+    return model.eval()
+
+
 CAPITALS = {'Франции': 'Париж', 'Японии': 'Токио', 'Китая': 'Пекин'}
 INSTRUCTIONS = [
     {'question': f'Какая столица {country}?', 'answer': f'Столица {country} — {city}.'}

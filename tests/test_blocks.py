@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import random_gpt
 from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig, RMSNorm, RotaryPosition
 
 TINY = GPTConfig(
@@ -23,14 +24,8 @@ def name(blocks):
     return '-'.join(map(str, blocks.values()))
 
 
-def make(seed=0, **changes) -> GPT:
-    """A tiny GPT whose attention is far from uniform and whose norms and biases are not at their start."""
-    model = GPT(replace(TINY, **changes), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.empty_like(p).normal_(0.0, 0.2, generator=generator))
-    return model
+def make(**changes) -> GPT:
+    return random_gpt(replace(TINY, **changes))
 
 
 def tokens(B=2, T=12):

@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import eval as program
 from configurator import ConfigError
+from conftest import random_gpt
 from model import GPT, GPTConfig
 from tokendata import FORMAT, eval_starts
 from tokenizer import Bytes, Chars, train_bpe
@@ -23,15 +24,6 @@ TINY = GPTConfig(
     block_size=32, vocab_size=320, vocab_used=257, n_layer=3, n_head=4, n_embd=32, attention='reflex_all'
 )
 TEXT = 'The quick brown fox jumps over the lazy dog; ёжик в тумане. ' * 3
-
-
-def random_gpt(config=TINY) -> GPT:
-    model = GPT(config, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.empty_like(p).normal_(0.0, 0.2, generator=generator))
-    return model.eval()
 
 
 def save_run(folder: Path, model: GPT, tokenizer, dataset='') -> Path:
@@ -87,7 +79,7 @@ def naive(model, tokens, window, stride) -> float:
     'n, window, stride', [(60, 16, 16), (60, 16, 5), (61, 32, 1), (33, 32, 32), (34, 32, 7)]
 )
 def test_loss_is_the_sum_over_tokens(n, window, stride):
-    model = random_gpt()
+    model = random_gpt(TINY)
     tokens = torch.randint(257, (n,), generator=torch.Generator().manual_seed(n)).tolist()
     found = program.loss_on(model, np.array(tokens), window, stride, 3, 'cpu', torch.no_grad)
     assert found == pytest.approx(naive(model, tokens, window, stride), rel=1e-5)
@@ -104,7 +96,7 @@ def test_windows_predict_every_token_once_and_the_default_is_train_s():
 
 
 def test_a_run_on_its_own_data_and_on_a_text(tmp_path, capsys):
-    model, tokenizer = random_gpt(), Bytes()
+    model, tokenizer = random_gpt(TINY), Bytes()
     tokens = [*tokenizer.encode(TEXT), tokenizer.eot]
     data = save_data(tmp_path / 'data', tokens, tokenizer, len(TEXT.encode('utf-8')))
     run = save_run(tmp_path / 'run', model, tokenizer, data)
@@ -147,7 +139,7 @@ def test_without_a_beginning_the_first_character_is_given(tmp_path, capsys):
 def test_what_cannot_be_predicted_is_one_line(tmp_path):
     bpe = train_bpe([TEXT], 300)
     data = save_data(tmp_path / 'data', Bytes().encode(TEXT), Bytes(), 1)
-    run = save_run(tmp_path / 'run', random_gpt(), bpe)
+    run = save_run(tmp_path / 'run', random_gpt(TINY), bpe)
 
     def message(*options, error=ConfigError):
         with pytest.raises(error) as e:
@@ -159,7 +151,7 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path):
     assert 'is longer than block_size=32' in message('--window=33', f'--dataset={data}')
     assert 'stride=-1: must be at least 0' in message('--stride=-1')
     assert 'cannot be read as UTF-8 text' in message('--text=none.txt')
-    plain = save_run(tmp_path / 'plain', random_gpt(), None)
+    plain = save_run(tmp_path / 'plain', random_gpt(TINY), None)
     with pytest.raises(ConfigError, match='no tokenizer is known'):
         program.main([f'--out_dir={plain}', '--text=none.txt'])
     with pytest.raises(ConfigError, match='they need a model with a tokenizer'):
@@ -315,7 +307,7 @@ def test_the_harness_agrees_with_its_own_hflm(tasks, tmp_path, monkeypatch, caps
 
 def test_without_the_harness_one_line_says_what_to_install(root, tmp_path):
     (tmp_path / 'lm_eval.py').write_text("raise ModuleNotFoundError(name='lm_eval')", encoding='utf-8')
-    run = save_run(tmp_path / 'run', random_gpt(), Bytes())
+    run = save_run(tmp_path / 'run', random_gpt(TINY), Bytes())
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     command = [sys.executable, str(root / 'eval.py'), f'--out_dir={run}', '--tasks=any']
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

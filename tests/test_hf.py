@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+from conftest import random_gpt
 from leap import WINDOWED
 from model import GPT, GPTConfig
 from plans import PLANS
@@ -47,14 +48,8 @@ KINDS = {
 }
 
 
-def random_gpt(seed=0, **changes) -> GPT:
-    """A GPT whose greedy continuation is not one token over and over."""
-    model = GPT(replace(TINY, **changes), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.empty_like(p).normal_(0.0, 0.25, generator=generator))
-    return model.eval()
+def make(**changes) -> GPT:
+    return random_gpt(replace(TINY, **changes), std=0.25)
 
 
 def tokens(B=2, T=6, seed=1):
@@ -72,7 +67,7 @@ def exported(tmp_path_factory):
 
     def get(kind):
         if kind not in made:
-            folder, model = tmp_path_factory.mktemp('exported'), random_gpt(**KINDS[kind])
+            folder, model = tmp_path_factory.mktemp('exported'), make(**KINDS[kind])
             hf.export(model, None, folder)
             made[kind] = folder, model
         return made[kind]
@@ -142,7 +137,7 @@ def test_left_padding_changes_nothing(exported, kind):
 def test_what_stands_in_the_padding_does_not_matter_in_training(kind):
     config = config_of(replace(TINY, **KINDS[kind]))
     model = ReflexForCausalLM(ReflexConfig(**config))
-    weights = {**random_gpt(**KINDS[kind]).state_dict(), '_extra_state': model.gpt.get_extra_state()}
+    weights = {**make(**KINDS[kind]).state_dict(), '_extra_state': model.gpt.get_extra_state()}
     model.gpt.load_state_dict(weights)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     losses, grads = [], []
@@ -327,7 +322,7 @@ def test_one_file_refuses_two_meanings_of_a_name(tmp_path):
 @pytest.mark.parametrize('mlp', ['gelu', 'gelu_tanh'])
 @pytest.mark.parametrize('bias', [False, True])
 def test_vanilla_is_exported_as_a_plain_gpt2(mlp, bias, tmp_path):
-    model = random_gpt(attention='vanilla', mlp=mlp, bias=bias)
+    model = make(attention='vanilla', mlp=mlp, bias=bias)
     hf.export(model, None, tmp_path, as_gpt2=True)
     assert not list(tmp_path.glob('*.py'))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -347,7 +342,7 @@ def test_vanilla_is_exported_as_a_plain_gpt2(mlp, bias, tmp_path):
 def test_what_is_no_gpt2_is_not_exported_as_one(change, tmp_path):
     name = next(iter(change))
     with pytest.raises(hf.ExportError, match=f'{name}=.* is not GPT-2'):
-        hf.export(random_gpt(**{'attention': 'vanilla', **change}), None, tmp_path, as_gpt2=True)
+        hf.export(make(**{'attention': 'vanilla', **change}), None, tmp_path, as_gpt2=True)
 
 
 TOKENIZERS = [Bytes(), Chars('abcdefghij \n'), train_bpe(['the quick brown fox, Ёжик в тумане ' * 9], 290)]
@@ -355,7 +350,7 @@ TOKENIZERS = [Bytes(), Chars('abcdefghij \n'), train_bpe(['the quick brown fox, 
 
 @pytest.mark.parametrize('tokenizer', TOKENIZERS, ids=lambda t: t.kind)
 def test_tokenizers_give_the_same_ids(tokenizer, tmp_path):
-    hf.export(random_gpt(vocab_size=320, vocab_used=tokenizer.vocab_size), tokenizer, tmp_path)
+    hf.export(make(vocab_size=320, vocab_used=tokenizer.vocab_size), tokenizer, tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = 'bad face\nbeg' if tokenizer.kind == 'chars' else 'the quick  brown\n\tfox, Ёжик 日本 <|x|>'
     assert loaded(text)['input_ids'] == tokenizer.encode(text)
@@ -383,7 +378,7 @@ def gpt2_encoding(shared, tmp_path, monkeypatch):
 
 
 def test_the_program_exports_a_run(tmp_path, capsys):
-    model, tokenizer = random_gpt(vocab_size=320, vocab_used=257), Bytes()
+    model, tokenizer = make(vocab_size=320, vocab_used=257), Bytes()
     state = {
         'model': model.state_dict(),
         'model_args': asdict(model.config),

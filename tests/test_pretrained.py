@@ -6,14 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from model import GPT
-from pretrained import PretrainedError, copy_table, copy_weights, from_pretrained, read, token_difference
+from model import GPT, GPTConfig
+from pretrained import (
+    Pretrained,
+    PretrainedError,
+    copy_table,
+    copy_weights,
+    from_pretrained,
+    read,
+    token_difference,
+)
 from tokenizer import GPT2_URL, Bytes, Chars, Tiktoken, load
 
 transformers = pytest.importorskip('transformers')
@@ -182,6 +190,22 @@ def test_other_attentions_take_what_means_the_same(gpt2_folder):
         assert how['attn.c_proj.weight'] == how['mlp.c_fc.weight'] == 'copied'
         own = {'additive': 'attn.w_q', 'leap': 'mlp.c_fc.bias', 'lime': 'attn.router'}[attention]
         assert how[own] == ('copied' if attention == 'leap' else 'initialised: not in the checkpoint')
+
+
+def test_the_published_size_fares_as_the_readme_says(root):
+    """config/rugpt_reflex.py from 24 layers of 16 heads, with shapes alone."""
+    names, settings = {f.name for f in fields(GPTConfig)}, {}
+    exec((root / 'config' / 'rugpt_reflex.py').read_text(encoding='utf-8'), settings)
+    settings = {name: value for name, value in settings.items() if name in names}
+    large = GPTConfig(n_layer=24, n_head=16, n_embd=1536, block_size=2048, vocab_size=50257, bias=True)
+    with torch.device('meta'):
+        weights = dict(GPT(replace(large, mlp='gelu_tanh'), seed=0).named_parameters())
+        model = GPT(GPTConfig(**settings, vocab_size=50304, vocab_used=50257), seed=0)
+    checkpoint = Pretrained('large', root, replace(large, mlp='gelu_tanh'), weights)
+    table = copy_table(copy_weights(model, checkpoint)).splitlines()
+    readme = (root / 'README.md').read_text(encoding='utf-8')
+    shown = [line for line in table if line in readme]
+    assert len(shown) == 6 and shown[-1].startswith('128,176,512 of 241,544,064 parameters copied')
 
 
 def test_a_model_of_another_width_is_refused(gpt2_folder):
