@@ -28,7 +28,7 @@ try:
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
-    from modeling_reflex import ReflexConfig, ReflexForCausalLM
+    from modeling_reflex import LeapConfig, LeapForCausalLM, ReflexConfig, ReflexForCausalLM  # noqa: F401
 except ImportError as error:
     sys.exit(f'hf.py needs {error.name}: pip install -r requirements-extras.txt')
 

@@ -39,9 +39,9 @@ def layer_windows(windows: str, n_layer: int) -> list[int]:
 class Mean(nn.Module):
     """windowed_mean with its window. A module, so that a hook can see the logits: explain.py draws them."""
 
-    def __init__(self, window: int):
+    def __init__(self, of: str, window: int):
         super().__init__()
-        self.window = window
+        self.of, self.window = of, window
 
     def forward(self, logits, vectors, past: RunningMean | None = None):
         """logits (B, n_head, T), vectors (B, n_head, T, d) -> (B, n_head, T, d); past: in generation."""
@@ -67,7 +67,7 @@ class WindowedAttention(nn.Module):
 
     name: str
     projections: int  # of the residual stream
-    means: tuple[int, ...]  # sizes of the vectors that are averaged, in heads
+    means: dict[str, int]  # what is averaged, and the size of its vectors in heads
     backward_flops = 1  # the backward pass of a mean is one more mean
 
     def __init__(self, config, window: int):
@@ -76,7 +76,7 @@ class WindowedAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, self.projections * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.mean = nn.ModuleList(Mean(window) for _ in self.means)
+        self.mean = nn.ModuleList(Mean(of, window) for of in self.means)
 
     def project(self, x):
         """x (B, T, C) -> the projections, (B, n_head, T, head_size) each."""
@@ -113,13 +113,13 @@ class WindowedAttention(nn.Module):
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of this layer's whole state for one sequence, once a window's tokens have been seen."""
-        widths = [heads * self.head_size for heads in self.means]
+        widths = [heads * self.head_size for heads in self.means.values()]
         return self.n_head * sum(state_bytes(self.window, width, itemsize) for width in widths)
 
     def flops_per_token(self, T: int) -> float:
         """Forward FLOPs per token of the matrix products in the means, over a sequence of T tokens; the
         elementwise products around them do not count, as with all attentions."""
-        widths = [heads * self.head_size for heads in self.means]
+        widths = [heads * self.head_size for heads in self.means.values()]
         return self.n_head * sum(mean_flops(T, self.window, width) for width in widths) / T
 
     def describe(self) -> str:
@@ -134,7 +134,7 @@ class AdditiveAttention(WindowedAttention):
 
     name = 'additive'
     projections = 3
-    means = (1, 1)
+    means = {'queries': 1, 'keys': 1}  # noqa: RUF012
 
     def __init__(self, config, window: int):
         super().__init__(config, window)
@@ -158,7 +158,7 @@ class LeapAttention(WindowedAttention):
 
     name = 'leap'
     projections = 4
-    means = (2,)  # k and v of a head, side by side: one mean takes both
+    means = {'keys and values': 2}  # noqa: RUF012 (side by side: one mean takes both)
 
     def forward(self, x, memory, cache: MeansCache | None = None):
         q, f, k, v = self.project(x)  # (B, n_head, T, hs) each

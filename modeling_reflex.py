@@ -50,8 +50,6 @@ class ReflexConfig(PreTrainedConfig):
     attention: str = 'vanilla'
     head_split: str = '4-2-2'
     windows: str = 'auto'
-    windows: str = 'auto'
-    windows: str = 'auto'
     norm: str = 'layernorm'
     mlp: str = 'gelu'
     position: str = 'learned'
@@ -72,6 +70,27 @@ class ReflexConfig(PreTrainedConfig):
         self.gpt_config()
         if not self.tie_word_embeddings:
             raise ValueError('tie_word_embeddings=False: lm_head and wte are one tensor in these models')
+
+
+@strict
+class LeapConfig(ReflexConfig):
+    """A ReflexConfig by the names of the published LEAP package; saved, it is a ReflexConfig.
+
+    use_local_att: windows at all; window_sizes: of every layer, 0 or None for a global one, None for the
+    default ones; hidden_dropout_prob: dropout. initializer_range can only be the 0.02 of GPT's own weights.
+    """
+
+    attribute_map = {**ReflexConfig.attribute_map, 'hidden_dropout_prob': 'dropout'}  # noqa: RUF012
+    attention: str = 'leap'
+
+    def __post_init__(self, use_local_att=True, window_sizes=None, initializer_range=0.02, **kwargs):
+        if initializer_range != 0.02:
+            raise ValueError(f'initializer_range={initializer_range}: these models start with 0.02')
+        if window_sizes is not None:
+            self.windows = '-'.join(str(window or 0) for window in window_sizes)
+        if not use_local_att:
+            self.windows = 'global'
+        super().__post_init__(**kwargs)
 
 
 class ReflexCache(TransformersCache):
@@ -221,6 +240,9 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         }
         super().save_pretrained(save_directory, **kwargs)
         (Path(save_directory) / own.name).write_text(one_file(own), encoding='utf-8')
+
+
+LeapForCausalLM = ReflexForCausalLM  # the name of the published package
 
 
 def one_file(path: Path) -> str:

@@ -20,7 +20,7 @@ transformers = pytest.importorskip('transformers')
 pytest.importorskip('accelerate')
 
 import hf  # noqa: E402
-from hf import ReflexConfig, ReflexForCausalLM  # noqa: E402
+from hf import LeapConfig, LeapForCausalLM, ReflexConfig, ReflexForCausalLM  # noqa: E402
 from modeling_reflex import ReflexCache, one_file  # noqa: E402
 
 TINY = GPTConfig(
@@ -280,6 +280,47 @@ def test_trainer_trains_saves_and_resumes(tmp_path):
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'checkpoint-20').eval()
     first.model.eval()
     torch.testing.assert_close(saved(tokens()).logits, first.model(tokens()).logits)
+
+
+def test_the_published_leap_example_works_but_for_its_import(tmp_path):
+    config = LeapConfig(
+        hidden_size=32,
+        vocab_size=50,
+        n_positions=64,
+        n_layer=6,
+        n_heads=4,
+        use_local_att=True,
+        window_sizes=None,
+        initializer_range=0.02,
+        hidden_dropout_prob=0.1,
+    )
+    model = LeapForCausalLM(config)
+    attentions = [block.attn.describe() for block in model.gpt.transformer.h]
+    assert attentions == [*(f'leap window {w}' for w in (4, 8, 16, 32, 64)), 'leap global']
+    assert (model.gpt.config.dropout, model.gpt.config.n_embd, model.gpt.config.block_size) == (0.1, 32, 64)
+    rows = [{'input_ids': row, 'labels': row} for row in (torch.arange(800) * 3 % 50).split(40)]
+    arguments = {'per_device_train_batch_size': 4, 'learning_rate': 1e-2, 'max_steps': 20, 'logging_steps': 5}
+    arguments |= {'output_dir': str(tmp_path), 'use_cpu': True, 'disable_tqdm': True, 'report_to': []}
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(**arguments), train_dataset=rows)
+    trainer.train()
+    losses = [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry]
+    assert losses[-1] < losses[0] - 1
+    trainer.save_model(tmp_path / 'leap')
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'leap').eval()
+    assert LeapConfig.from_pretrained(tmp_path / 'leap').windows == 'auto'
+    assert torch.equal(greedy(loaded, tokens()), greedy(model.eval(), tokens()))
+
+
+@pytest.mark.parametrize(
+    ('given', 'windows'),
+    [({'use_local_att': False}, 'global'), ({'window_sizes': [3, 7, None]}, '3-7-0'), ({}, 'auto')],
+)
+def test_leap_config_speaks_of_windows_as_published(given, windows):
+    config = LeapConfig(n_layer=3, hidden_size=32, n_heads=4, **given)
+    assert (config.windows, config.attention) == (windows, 'leap')
+    assert LeapConfig(**config.to_dict()).windows == windows
+    with pytest.raises(ValueError, match=r'initializer_range=0\.1'):
+        LeapConfig(initializer_range=0.1)
 
 
 def test_the_folder_loads_where_this_project_is_not(exported, tmp_path):

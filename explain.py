@@ -1,0 +1,205 @@
+"""What a trained model looks at: a text with its tokens shaded by weight, as a page and as a picture.
+
+    python explain.py --out_dir=out/leap --text="Not every word matters as much as the next."
+    python explain.py --out_dir=out/reflex_422 --text=FILE:prompt.txt
+
+Writes OUT_DIR/explain.html (one file, no network: pick layer and head, click a token to see what it reads)
+and OUT_DIR/explain.png. LEAP and additive attention have one logit per token and head, and a token reads the
+softmax of those in its window. Other attentions show what the last token pays to each token.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import checkpoint
+from configurator import ConfigError, configure
+from leap import Mean
+from sample import read_prompt
+from tokenizer import TokenizerError, from_spec
+
+matplotlib.use('Agg')  # needs no display
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+
+ROOT = Path(__file__).resolve().parent
+COLUMNS = 100  # characters in a line of the picture
+
+
+@dataclass(frozen=True)
+class Knobs:
+    out_dir: str = 'out/leap'  # the folder of a run
+    checkpoint: str = ''  # best.pt | last.pt | previous.pt; '' = best.pt if there is one, else last.pt
+    text: str = ''  # the text to read, or FILE:prompt.txt
+    head: int = -1  # of the picture: a head; -1 = the mean of all
+
+
+@dataclass(frozen=True)
+class View:
+    """What one attention looks at. logits: the numbers are logits of all tokens, which every token reads
+    through its window (0: all before); else they are the weights that the last token pays."""
+
+    title: str
+    logits: bool
+    window: int
+    heads: list[list[float]]  # (n_head, T)
+
+    def weights(self) -> torch.Tensor:
+        """What each token weighs to those that read it, (n_head, T): for logits the mean of its weight over
+        all windows that hold it, times their size (1 is what a plain mean gives); else the weights."""
+        if not self.logits:
+            return torch.tensor(self.heads)
+        T = len(self.heads[0])
+        age = torch.arange(T)[:, None] - torch.arange(T)
+        seen = (age >= 0) & (age < (self.window or T))  # (T, T), reader first
+        sizes = seen.sum(1, keepdim=True)
+        heads = []
+        for logits in torch.tensor(self.heads):
+            weights = logits.expand(T, T).masked_fill(~seen, -math.inf).softmax(-1)
+            heads.append((weights * sizes).sum(0) / seen.sum(0))
+        return torch.stack(heads)
+
+
+class Watch(TorchFunctionMode):
+    """Inside, sees what the last token pays in every scaled dot-product attention; calls `see(weights)`."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see = see
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k = (t.float() for t in args[:2])  # (B, n_head, T, head_size)
+            self.see((q[:, :, -1:] @ k.mT / math.sqrt(q.size(-1))).softmax(-1)[0, :, 0])
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def look(model, ids: list[int]) -> list[View]:
+    """What the model's attentions look at in one text, layer by layer. ids: at most its context."""
+    views, layer, hooks = [], 0, []
+
+    def enter(attention, args, l):
+        nonlocal layer
+        layer = l
+
+    def see_logits(mean, args):
+        title = f'layer {layer}: {mean.of}, ' + (f'window {mean.window}' if mean.window else 'global')
+        views.append(View(title, True, mean.window, args[0][0].tolist()))
+
+    def see_weights(weights):
+        title = f'layer {layer}: {model.transformer.h[layer].attn.describe()}, last token'
+        views.append(View(title, False, 0, weights.tolist()))
+
+    for l, block in enumerate(model.transformer.h):
+        hooks.append(block.attn.register_forward_pre_hook(lambda attn, args, l=l: enter(attn, args, l)))
+        means = [module for module in block.attn.modules() if isinstance(module, Mean)]
+        hooks += [mean.register_forward_pre_hook(see_logits) for mean in means]
+    try:
+        with Watch(see_weights):
+            model.hidden(torch.tensor([ids], device=model.lm_head.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return views
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds; '' where a character is not whole yet."""
+    added, shown = [], ''
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[: i + 1])
+        ready = text if i == len(ids) - 1 else text.rstrip('\ufffd')
+        added.append(ready[len(shown) :])
+        shown = ready
+    return added
+
+
+def page(tokens: list[str], views: list[View], about: str) -> str:
+    """explain.html with the numbers in it: one file, no network."""
+    rounded = [
+        {**asdict(view), 'heads': [[float(f'{x:.5g}') for x in head] for head in view.heads]}
+        for view in views
+    ]
+    report = json.dumps({'about': about, 'tokens': tokens, 'views': rounded}, ensure_ascii=False)
+    report = report.replace('<', '\\u003c')  # nothing in it ends the script element
+    template = (ROOT / 'explain.html').read_text(encoding='utf-8')
+    return template.replace('__ABOUT__', html.escape(about)).replace('__REPORT__', report)
+
+
+def picture(tokens: list[str], views: list[View], path: Path, head: int = -1):
+    """A PNG: the text once per view, in a fixed-width font, tokens shaded by weight (see View.weights)."""
+    places, column, line = [], 0, 0  # of every token
+    for token in tokens:
+        width = len(shown(token))
+        if column and column + width > COLUMNS:
+            column, line = 0, line + 1
+        places.append((column, line, width))
+        column += width
+        if token.endswith('\n'):
+            column, line = 0, line + 1
+    lines = line + 1
+    height = len(views) * (lines + 2)
+    fig = plt.figure(figsize=(COLUMNS * 0.085, height * 0.19 + 0.1), dpi=150)
+    axes = fig.add_axes((0.01, 0, 0.98, 1), xlim=(0, COLUMNS), ylim=(height, 0))
+    axes.axis('off')
+    for n, view in enumerate(views):
+        top = n * (lines + 2) + 1
+        weights = view.weights()
+        weights = weights.mean(0) if head < 0 else weights[head]
+        most = float(weights.max())
+        axes.text(0, top - 0.5, f'{view.title}   (darkest {most:.2g})', fontsize=7, color='gray', va='center')
+        for token, weight, (x, y, width) in zip(tokens, weights.tolist(), places, strict=True):
+            patch = Rectangle((x, top + y), width, 1, color='tab:orange', alpha=weight / most, linewidth=0)
+            axes.add_patch(patch)
+            for i, character in enumerate(shown(token)):
+                where = {'va': 'center', 'ha': 'center', 'family': 'monospace', 'parse_math': False}
+                axes.text(x + i + 0.5, top + y + 0.5, character, fontsize=8, **where)
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def shown(token: str) -> str:
+    """A token in one line: line breaks and missing characters as signs, at most a line long."""
+    return (token.replace('\n', '⏎').replace('\t', '→') or '·')[:COLUMNS]
+
+
+def main(argv: list[str]) -> int:
+    k = configure(Knobs, argv, __doc__).knobs
+    text = read_prompt(k.text)
+    if not text:
+        raise ConfigError('text is empty: give --text="…" or --text=FILE:prompt.txt')
+    model, state = checkpoint.load_model(k.out_dir, k.checkpoint)
+    if state['tokenizer'] is None:
+        raise ConfigError(f'{k.out_dir} was trained on plain token files: no tokenizer is known to read with')
+    if not -1 <= k.head < model.config.n_head:
+        raise ConfigError(f'head={k.head}: from 0 to {model.config.n_head - 1}, or -1 for the mean of all')
+    tokenizer = from_spec(state['tokenizer'])
+    ids = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)
+    if len(ids) > model.context_limit:
+        raise ConfigError(f'the text has {len(ids)} tokens, but the context is {model.context_limit}')
+    views, tokens = look(model, ids), pieces(tokenizer, ids)
+    about = f'{k.out_dir}, {model.config.attention}, iteration {state["iter"]}'
+    folder = Path(k.out_dir)
+    (folder / 'explain.html').write_text(page(tokens, views, about), encoding='utf-8')
+    picture(tokens, views, folder / 'explain.png', k.head)
+    print(f'{folder.as_posix()}/explain.html and explain.png: {len(ids)} tokens, {len(views)} views')
+    return 0
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ConfigError, TokenizerError, checkpoint.CheckpointError) as e:
+        print(f'explain.py: {e}', file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,125 @@
+"""explain.py: the weights that it shows are those that the model used; page, picture and complaints."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import checkpoint
+import explain
+from configurator import ConfigError
+from model import GPT, GPTConfig
+from tokenizer import Bytes
+
+TEXT = 'Straße </script> & <b>"ё"</b>\nnot every word matters as much'
+
+
+def gpt(**changes):
+    config = {'block_size': 96, 'vocab_size': 257, 'n_layer': 3, 'n_head': 4, 'n_embd': 32, **changes}
+    model = GPT(GPTConfig(**config), seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty_like(p).normal_(0, 0.3, generator=generator))
+    return model
+
+
+def run_of(model, folder):
+    folder.mkdir()
+    state = {'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': Bytes().spec}
+    checkpoint.save({**state, 'iter': 7, 'config': {}, 'data_fingerprint': None}, folder)
+    return folder
+
+
+def test_views_of_leap_are_the_weights_of_its_means():
+    """A mean of vectors that are 1 for one token and 0 for all others is that token's weight."""
+    model = gpt(attention='leap', windows='5-1-0')
+    ids = list(range(20))
+    views = explain.look(model, ids)
+    assert [view.window for view in views] == [5, 1, 0]
+    assert views[0].title == 'layer 0: keys and values, window 5'
+    for view in views:
+        logits = torch.tensor(view.heads)
+        window = view.window or 20
+        each = torch.zeros(4, 20, 20)  # reader, token
+        for i in range(20):
+            first = max(0, i - window + 1)
+            each[:, i, first : i + 1] = logits[:, first : i + 1].softmax(-1)
+        times = [each[:, i] * min(i + 1, window) for i in range(20)]  # a plain mean gives 1
+        wanted = torch.stack(
+            [torch.stack(times[l : l + window])[..., l].mean(0) for l in range(20)], dim=-1
+        )  # (n_head, 20)
+        torch.testing.assert_close(view.weights(), wanted)
+    assert (views[1].weights() == 1).all()
+    assert views[2].weights().std() > 0.1
+
+
+def test_additive_attention_has_two_views_per_layer():
+    titles = [view.title for view in explain.look(gpt(attention='additive'), [1, 2, 3])]
+    assert titles[:2] == ['layer 0: queries, window 4', 'layer 0: keys, window 4'] and len(titles) == 6
+    assert titles[4] == 'layer 2: queries, global'
+
+
+@pytest.mark.parametrize('attention', ['vanilla', 'reflex', 'lime'])
+def test_views_of_other_attentions_are_what_the_last_token_pays(attention):
+    model = gpt(attention=attention, head_split='2-2')
+    ids = list(range(20))
+    views = explain.look(model, ids)
+    assert len(views) == 3 and not any(view.logits for view in views)
+    for view in views:
+        torch.testing.assert_close(view.weights().sum(1), torch.ones(4))
+    t, hs = model.transformer, 8
+    x = t.wte.weight[ids] + t.wpe.weight[:20]
+    q, k, _ = t.h[0].attn.c_attn(t.h[0].ln_1(x)).split(32, dim=-1)
+    for h in range(4):  # of the first layer, where all of these are plain self-attention
+        rows = slice(h * hs, (h + 1) * hs)
+        wanted = (q[-1, rows] @ k[:, rows].T / math.sqrt(hs)).softmax(-1)
+        torch.testing.assert_close(views[0].weights()[h], wanted)
+
+
+def test_looking_leaves_the_model_as_it_was():
+    model = gpt(attention='leap vanilla*2')
+    ids = torch.arange(20)[None]
+    before = model(ids)[0]
+    assert [view.logits for view in explain.look(model, ids[0].tolist())] == [True, False, False]
+    assert torch.equal(model(ids)[0], before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_tokens_add_up_to_the_text():
+    tokenizer = Bytes()
+    added = explain.pieces(tokenizer, tokenizer.encode('ё=\ufffd.'))
+    assert added == ['', 'ё', '=', '', '', '', '\ufffd.'] and ''.join(added) == 'ё=\ufffd.'
+
+
+@pytest.mark.parametrize('attention', ['leap', 'additive', 'reflex'])
+def test_the_program_writes_a_page_and_a_picture(attention, tmp_path, capsys):
+    run = run_of(gpt(attention=attention, head_split='2-2'), tmp_path / 'run')
+    assert explain.main([f'--out_dir={run}', f'--text={TEXT}', '--head=1']) == 0
+    page = (run / 'explain.html').read_text(encoding='utf-8')
+    assert not re.search(r'https?:|src=|@import', page), 'nothing is loaded from elsewhere'
+    data = re.search(r'<script type="application/json" id="report">(.*?)</script>', page, re.DOTALL).group(1)
+    report = json.loads(data)
+    assert ''.join(report['tokens']).endswith(TEXT)
+    assert {len(head) for view in report['views'] for head in view['heads']} == {len(report['tokens'])}
+    assert f'{attention}, iteration 7' in report['about']
+    assert (run / 'explain.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    assert f'{len(report["views"])} views' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        (['--text='], 'text is empty'),
+        (['--text=' + 'x' * 200], r'200 tokens.* 96|201 tokens.* 96'),
+        (['--text=x', '--head=4'], 'head=4: from 0 to 3'),
+        (['--text=FILE:nowhere.txt'], 'nowhere.txt'),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(flags, words, tmp_path):
+    run = run_of(gpt(), tmp_path / 'run')
+    with pytest.raises(ConfigError, match=words):
+        explain.main([f'--out_dir={run}', *flags])
