@@ -107,9 +107,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
             records += [json.loads(line)] if line else []
         except json.JSONDecodeError as e:
             if number < len(lines):
-                raise CheckpointError(
-                    f'{path}, line {number} is not JSON ({e.msg}): delete the line'
-                ) from None
+                raise ValueError(f'{path}, line {number} is not JSON ({e.msg}): delete the line') from None
     return records
 
 
@@ -124,7 +122,10 @@ class Metrics:
         self.out_dir, self.run = Path(out_dir), dict(run)
         self.path = self.out_dir / METRICS
         if resume_iter is not None and self.path.exists():
-            kept = [record for record in read_jsonl(self.path) if record['iter'] <= resume_iter]
+            try:
+                kept = [record for record in read_jsonl(self.path) if record['iter'] <= resume_iter]
+            except ValueError as e:
+                raise CheckpointError(str(e)) from None
             write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
         self.file = open(self.path, 'w' if resume_iter is None else 'a', encoding='utf-8')
         self.update()

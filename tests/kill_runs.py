@@ -13,11 +13,13 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,24 +94,26 @@ def iteration(out):
 
 
 def kill_and_resume(number, reference, data, folder, moments, seconds, size) -> dict:
-    """One run, killed up to three times. moments: random.Random; seconds, size: of the reference."""
-    out, kills, saved = folder / f'run{number}', [], 0
+    """One run, killed one to three times. moments: random.Random; seconds, size: of the reference."""
+    out, kills, saved, stale = folder / f'run{number}', [], 0, set()
     argv = runs.flags(out, dataset=data, init_from='auto', **KNOBS)
-    for attempt in range(moments.randint(1, 3)):
-        log = folder / f'run{number}-{attempt}.log'
-        if (number + attempt) % 2:
+    wanted = moments.randint(1, 3)
+    while len(kills) < wanted:
+        if (number + len(kills)) % 2:
             limit, fault, kind = moments.uniform(0, seconds), None, 'by the clock'
         else:
             moment = moments.choice([moments.randrange(size), -moments.randint(1, 12)])
             limit, kind = 60, f'in a save, at byte {moment}' if moment >= 0 else f'in a save, call {-moment}'
             fault = partial(kill_in_save, moments.randint(1, SAVES // 2), moment)
-        program = runs.Program(argv, log, fault=fault)
+        program = runs.Program(argv, folder / f'run{number}.log', fault=fault)
         program.process.join(limit)
         program.process.kill()
-        if program.end() == 0:
-            continue  # it was done before its moment came
-        before = saved
-        lost = []
+        if program.end() == 0:  # it was done before its moment came
+            if kills:
+                break
+            shutil.rmtree(out)
+            continue
+        before, lost = saved, []
         for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST):
             if (out / name).exists():
                 try:
@@ -121,15 +125,17 @@ def kill_and_resume(number, reference, data, folder, moments, seconds, size) -> 
                 lost.append(f'{name} is gone')
         if saved < before:
             lost.append(f'{checkpoint.LAST} went back from iteration {before} to {saved}')
+        torn = set(out.glob(f'{checkpoint.LAST}.tmp-*'))
         kills.append(
             {
                 'kind': kind,
-                'half_written': sorted(p.stat().st_size for p in out.glob(f'{checkpoint.LAST}.tmp-*')),
+                'half_written': sum(path.stat().st_size for path in torn - stale) if torn - stale else None,
                 'iteration': iteration(out),
                 'checkpoint': saved,
                 'lost': lost,
             }
         )
+        stale = torn
     program = runs.Program(argv, folder / f'run{number}-end.log')
     assert program.end(120) == 0, program.text()
     try:
@@ -165,7 +171,7 @@ def main(argv) -> dict:
     report = {
         'runs': len(results),
         'kills': len(kills),
-        'kills_with_a_file_half_written': sum(bool(kill['half_written']) for kill in kills),
+        'kills_while_a_file_was_written': sum(kill['half_written'] is not None for kill in kills),
         'runs_bit_identical': sum(result['identical'] is True for result in results),
         'checkpoints_lost': sum(len(kill['lost']) for kill in kills),
         'most_steps_repeated': max(kill['iteration'] - kill['checkpoint'] for kill in kills),
@@ -188,19 +194,23 @@ def write(folder, report, results):
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**report, 'results': results}, indent=1) + '\n'
     (folder / 'report.json').write_text(text, encoding='utf-8')
-    rows = '\n'.join(f'| {name.replace("_", " ")} | {report[name]} |' for name in list(report)[:9])
-    (folder / 'README.md').write_text(
-        '# Runs that were killed\n\n'
-        f'`python tests/kill_runs.py --runs={report["runs"]} --seed={report["seed"]} --report=results/kill`: '
-        'tiny runs on CPU, with dropout, each killed with SIGKILL one to three times, started again with '
-        '`--init_from=auto` and compared with one that was never killed: metrics, weights, optimizer, best '
-        'loss. `report.json` has every kill: its kind, the bytes of a half-written file, the iteration that '
-        'the run had come to and that of its last checkpoint.\n\n'
-        f'| | |\n| --- | --- |\n{rows}\n\n'
-        f'Commit {report["commit"][:12]}, {report["device"]}, torch {report["versions"]["torch"]}, '
-        f'{report["minutes"]} minutes.\n',
-        encoding='utf-8',
+    command = (
+        f'python tests/kill_runs.py --runs={report["runs"]} --seed={report["seed"]} --report=results/kill'
     )
+    what = (
+        f'`{command}`: tiny runs on CPU, with dropout, each killed with SIGKILL one to three times, started again '
+        'with `--init_from=auto` and compared with one that was never killed: metrics, weights, optimizer, best '
+        'loss. Half of the kills strike by the clock, the others inside a save. `report.json` has every kill: its '
+        'kind, the bytes of the file that was being written, the iteration that the run had come to and that of '
+        'its last checkpoint.'
+    )
+    rows = [f'| {name.replace("_", " ")} | {report[name]} |' for name in list(report)[:9]]
+    where = (
+        f'Commit {report["commit"][:12]}, {report["device"]}, torch {report["versions"]["torch"]}, '
+        f'{report["minutes"]} minutes.'
+    )
+    parts = ['# Runs that were killed', fill(what, 110), '\n'.join(['| | |', '| --- | --- |', *rows]), where]
+    (folder / 'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -526,7 +526,7 @@ def test_evaluation_only_leaves_the_run_as_it_is(tmp_path, data, capsys):
 def test_runs_killed_at_random_moments_lose_nothing():
     """The short form of the report in results/kill."""
     report = kill_runs.main(['--runs=4'])
-    assert report['kills'] >= 4 and report['kills_with_a_file_half_written'] > 0
+    assert report['kills'] >= 4 and report['kills_while_a_file_was_written'] > 0
     assert (report['runs_bit_identical'], report['checkpoints_lost']) == (4, 0)
     assert report['most_steps_repeated'] < 2 * report['checkpoint_interval']  # one under way, one to come
 
@@ -813,4 +813,4 @@ def test_the_record_survives_a_torn_line(tmp_path):
     assert metrics.read_jsonl(path) == [{'iter': 1, 'loss': 2.0}]
     path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo\n{"iter": 3}\n', encoding='utf-8')
     with pytest.raises(CheckpointError, match=r'metrics\.jsonl, line 2 is not JSON .*: delete the line'):
-        metrics.read_jsonl(path)
+        metrics.Metrics(tmp_path, {}, resume_iter=3)
