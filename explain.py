@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 import checkpoint
 from configurator import ConfigError, configure
 from leap import Mean
-from sample import read_prompt
+from sample import document_start, read_prompt
 from tokenizer import TokenizerError, from_spec
 
 matplotlib.use('Agg')  # needs no display
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
     if not -1 <= k.head < model.config.n_head:
         raise ConfigError(f'head={k.head}: from 0 to {model.config.n_head - 1}, or -1 for the mean of all')
     tokenizer = from_spec(state['tokenizer'])
-    ids = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)
+    ids = document_start(state, tokenizer) + tokenizer.encode(text)
     if len(ids) > model.context_limit:
         raise ConfigError(f'the text has {len(ids)} tokens, but the context is {model.context_limit}')
     views, tokens = look(model, ids), pieces(tokenizer, ids)
