@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 
 import torch
 
@@ -37,3 +39,17 @@ def autocast_for(device: str, dtype: str):
     if dtype == 'float32':
         return contextlib.nullcontext()
     return torch.autocast(device.split(':')[0], dtype=getattr(torch, dtype))
+
+
+def keep_memory(keep: bool = True):
+    """Whether the process keeps the memory of freed tensors for the next ones. Linux with glibc only.
+
+    By default malloc hands large blocks back to the system, which clears every page anew at the next step:
+    a training step on CPU takes 1.2 (6 layers, 128 wide, 4096 tokens) to 1.9 times (512 wide, 50304) as long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0 if keep else 65536)
+        mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**26)  # what malloc's own tuning arrives at …
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # … once a large block was freed

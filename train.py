@@ -40,7 +40,7 @@ import pretrained
 from configurator import ConfigError, configure, from_dict
 from model import GPT, GPTConfig
 from sample import document_start, stream_text
-from system import autocast_for, pick_device, pick_dtype
+from system import autocast_for, keep_memory, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
 from tokenizer import TokenizerError, from_spec
 
@@ -466,6 +466,8 @@ def main(argv: list[str]) -> int:
         )
     if k.threads:
         torch.set_num_threads(k.threads)
+    if device_type == 'cpu':
+        keep_memory()
     torch.set_float32_matmul_precision('high')
     torch.use_deterministic_algorithms(k.deterministic)  # an operation that cannot be is an error
     if k.deterministic:
