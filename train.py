@@ -12,6 +12,7 @@ Results: OUT_DIR/metrics.jsonl, run.json, last.pt, previous.pt and best.pt. `--h
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -143,6 +144,9 @@ def check(k: Knobs):
             raise ConfigError(f'{name}={getattr(k, name)!r}: one of {", ".join(allowed)}')
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')
+    close = difflib.get_close_matches(k.init_from, STARTS, n=1)
+    if close and k.init_from not in STARTS and not Path(k.init_from).is_dir():
+        raise ConfigError(f'init_from={k.init_from!r}: did you mean {close[0]!r}?')
     if k.init_from in STARTS:  # else the checkpoint has a say, see pretrained_knobs
         check_model(k)
 
@@ -528,7 +532,7 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
     if source is not None:
         rows = pretrained.copy_weights(model, source, other_tokens(data, source))
         say(f'from {source.folder}:\n{pretrained.copy_table(rows)}')
-        source = None  # frees the weights
+        source.weights.clear()
     if resumed:
         model.load_state_dict(state['model'])
         groups = optimizer.state_dict()['param_groups']  # of the knobs as they are now
@@ -537,7 +541,7 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
         it, best_val_loss, seconds = state['iter'], state['best_val_loss'], state['seconds']
         evaluated = state['evaluated'] and not k.eval_only
         watches = {name: metrics.SpikeWatch(**state['watches'][name]) for name in watches}
-        state = None  # frees the copy
+        state.clear()  # frees the copy; main still holds the dict
 
     def autocast():
         return autocast_for(device, dtype)
@@ -606,7 +610,7 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
 
     def save(best: bool = False):
         nonlocal last_save, last_save_time
-        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+        if not torch.nn.utils.get_total_norm(list(model.parameters())).isfinite():
             raise TrainingError(
                 f'iteration {it}: the last update made weights inf or nan; they were not saved. {go_back()}'
             )

@@ -198,11 +198,11 @@ def write(folder, report, results):
         f'python tests/kill_runs.py --runs={report["runs"]} --seed={report["seed"]} --report=results/kill'
     )
     what = (
-        f'`{command}`: tiny runs on CPU, with dropout, each killed with SIGKILL one to three times, started again '
-        'with `--init_from=auto` and compared with one that was never killed: metrics, weights, optimizer, best '
-        'loss. Half of the kills strike by the clock, the others inside a save. `report.json` has every kill: its '
-        'kind, the bytes of the file that was being written, the iteration that the run had come to and that of '
-        'its last checkpoint.'
+        f'`{command}`: tiny runs on CPU, with dropout, each killed with SIGKILL one to three times, started '
+        'again with `--init_from=auto` and compared with one that was never killed: metrics, weights, '
+        'optimizer, best loss. Half of the kills strike by the clock, the others in a save. `report.json` '
+        'has every kill: its kind, the bytes of the file that was being written, the iteration that the run '
+        'had come to and that of its last checkpoint.'
     )
     rows = [f'| {name.replace("_", " ")} | {report[name]} |' for name in list(report)[:9]]
     where = (

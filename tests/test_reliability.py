@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import threading
 from functools import partial
@@ -759,6 +760,7 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch,
     'knobs, line',
     [
         ({'eval_interval': 0}, 'eval_interval=0: must be at least 1'),
+        ({'init_from': 'resmue'}, "init_from='resmue': did you mean 'resume'?"),
         ({'n_head': 5}, 'n_embd=32 is not a multiple of n_head=5'),
         ({'head_split': '2-2-1'}, '2-2-1'),
         ({'dtype': 'float16'}, "dtype='float16' needs CUDA, the device is cpu: use bfloat16 or float32"),
@@ -814,3 +816,10 @@ def test_the_record_survives_a_torn_line(tmp_path):
     path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo\n{"iter": 3}\n', encoding='utf-8')
     with pytest.raises(CheckpointError, match=r'metrics\.jsonl, line 2 is not JSON .*: delete the line'):
         metrics.Metrics(tmp_path, {}, resume_iter=3)
+
+
+def test_the_table_of_faults_names_tests_that_exist(root):
+    table = (root / 'RELIABILITY.md').read_text(encoding='utf-8')
+    sources = ''.join(path.read_text(encoding='utf-8') for path in (root / 'tests').glob('test_*.py'))
+    named = set(re.findall(r'`(test_[a-z0-9_]+)`', table))
+    assert len(named) > 60 and not [name for name in named if f'def {name}(' not in sources]

@@ -167,7 +167,7 @@ def test_an_error_on_one_rank_ends_both_whatever_lingers(tmp_path, data, faulty)
 
 @pytest.mark.parametrize('faulty', [0, 1])
 def test_a_frozen_rank_is_given_up(tmp_path, data, faulty):
-    argv = flags(tmp_path / 'run', dataset=data, **{**TINY, 'dist_timeout': 6})
+    argv = flags(tmp_path / 'run', dataset=data, **{**TINY, 'dist_timeout': 8})
     freeze = partial(runs.at_step_after_saves, 6, partial(kill_me, signal.SIGSTOP))
     ranks = start_ranks(2, argv, tmp_path, freeze, faulty)
     assert ranks[1 - faulty].end(20) == 1
