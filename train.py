@@ -220,14 +220,21 @@ class StopRequest:
         self.reason = ''  # why this rank wants to stop
         self.agreed = False  # whether any rank does, as of the last step
         self.torchrun, self.give_up_seconds = torchrun, give_up_seconds
-        self.before = {}  # signal -> its handler until now
+        self.before = {}  # signal -> its handler outside of the loop
+        if torchrun:
+            threading.Thread(target=self._watch_parent, daemon=True).start()
+
+    def catch_signals(self):
+        """From here on; before the loop they end the process as usual."""
         if threading.current_thread() is threading.main_thread():
             for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):  # Windows has no SIGHUP, nohup wants it ignored
                 number = getattr(signal, name, None)
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._on_signal)
-        if torchrun:
-            threading.Thread(target=self._watch_parent, daemon=True).start()
+
+    def release_signals(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         if self.reason and number == signal.SIGINT and not self.torchrun:
@@ -238,12 +245,9 @@ class StopRequest:
         while os.getppid() == self.torchrun:
             time.sleep(0.2)
         self.reason = self.reason or 'the end of torchrun'
-        time.sleep(self.give_up_seconds)
-        os._exit(1)  # a rank that waits for another one that is already gone never comes back to the loop
-
-    def close(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        # a rank that waits for another one that is gone never comes back to the loop, if it came there at all
+        time.sleep(self.give_up_seconds if self.before else 0)
+        os._exit(1)
 
 
 def evaluate(model, splits, k: Knobs, device, autocast, rank, world, stop) -> dict[str, float] | None:
@@ -433,7 +437,7 @@ def main(argv: list[str]) -> int:
         names = [f.stem for f in files] or ['default']
         k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
     group = ranks()
-    rank, local_rank, world, ddp, _ = group
+    rank, local_rank, world, ddp, torchrun = group
 
     # what is in the folder, and what is asked for
     out_dir = Path(k.out_dir)
@@ -479,6 +483,8 @@ def main(argv: list[str]) -> int:
     if device_type == 'cuda':
         torch.cuda.set_device(device)
 
+    stop = StopRequest(torchrun, give_up_seconds=k.dist_timeout)
+
     def join():
         if ddp:
             backend = {'cuda': 'nccl'}.get(device_type, 'gloo') if k.backend == 'auto' else k.backend
@@ -509,15 +515,17 @@ def main(argv: list[str]) -> int:
             join()
         if ddp:
             refuse_unlike_ranks(k, data, state, device)
-        return train(k, argv, group, config, data, state, source, device, dtype)
+        return train(k, argv, group, stop, config, data, state, source, device, dtype)
 
 
-def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, device, dtype) -> int:
+def train(
+    k, argv, group: Ranks, stop: StopRequest, config: GPTConfig, data, state, source, device, dtype
+) -> int:
     """The training loop; returns the exit status, or, as one rank of several, ends the process with it.
 
     state: of the checkpoint to go on from, or None; source: pretrained weights to begin with, or None.
     """
-    rank, local_rank, world, ddp, parent = group
+    rank, local_rank, world, ddp, _ = group
     main_rank = rank == 0
     device_type = device.split(':')[0]
     out_dir = Path(k.out_dir)
@@ -660,8 +668,8 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
     bar = tqdm(total=k.max_iters, initial=it, unit='it', disable=not (main_rank and sys.stderr.isatty()))
     plain = main_rank and bar.disable
     logged_it, logged_seconds = it, seconds
-    stop = StopRequest(parent, give_up_seconds=k.dist_timeout)
     status = 'failed'
+    stop.catch_signals()
     try:
         while True:
             done = it >= k.max_iters or k.eval_only
@@ -756,7 +764,6 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
         status = 'finished' if done and evaluated else 'stopped'
     finally:
         bar.close()
-        stop.close()
         if recorded:
             memory = metrics.peak_memory(device)
             error = sys.exc_info()[1]
@@ -769,6 +776,7 @@ def train(k: Knobs, argv, group: Ranks, config: GPTConfig, data, state, source, 
                 saver.wait(k.dist_timeout)
                 log.update(**end)
             log.close()
+        stop.release_signals()
     if status == 'stopped':
         say(f'stopped by {stop.reason or "another rank"} at iteration {it}; go on with --init_from=resume')
     elif k.sample_tokens and main_rank and data.tokenizer_spec:

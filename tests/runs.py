@@ -229,7 +229,8 @@ class Torchrun:
             stderr=subprocess.STDOUT,
             text=True,
             encoding='utf-8',
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            # the variable: without it restarted ranks may be given the addresses of the dead (torch 2.13)
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'},
             start_new_session=True,
         )
         self.seen = ''
