@@ -114,11 +114,9 @@ def encode_chunk(path, spec, pieces, flags, after, begin, end):
             size += len(pieces[high])
             high += 1
         for ids, flag in zip(tokenizer.encode_utf8_batch(pieces[low:high]), flags[low:high], strict=True):
-            if begin is not None and flag & STARTS:
-                ids = [begin, *ids]
-            if end is not None and flag & ENDS:
-                ids = [*ids, end]
-            arrays.append(np.fromiter(ids, dtype, len(ids)))
+            first = [begin] if begin is not None and flag & STARTS else []
+            last = [end] if end is not None and flag & ENDS else []
+            arrays.append(np.concatenate([np.asarray(part, dtype) for part in (first, ids, last)]))
         low = high
     sizes = [len(piece) for piece in pieces]
     table = np.array([[len(a) for a in arrays], sizes, flags], np.int64).T

@@ -78,7 +78,7 @@ def encode_only(text, folder):
     def work():
         for pieces in batches:
             for ids in tokenizer.encode_utf8_batch(pieces):
-                np.fromiter(ids, np.uint16, len(ids))
+                np.asarray(ids, np.uint16)
 
     return None, work
 

@@ -39,7 +39,8 @@ def test_there_and_back(tokenizers):
         assert tokenizer.decode(ids) == TEXT, tokenizer.kind
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
         assert tokenizer.encode_batch([TEXT, '', 'the']) == [ids, [], tokenizer.encode('the')]
-        assert tokenizer.encode_utf8_batch([TEXT.encode('utf-8'), b'']) == [ids, []]
+        found = tokenizer.encode_utf8_batch([TEXT.encode('utf-8'), b'', b'a<|endoftext|>b'])
+        assert [list(part) for part in found] == [ids, [], tokenizer.encode('a<|endoftext|>b')]
 
 
 def test_special_tokens_in_a_text_are_text(tokenizers):
