@@ -369,11 +369,18 @@ def cautions(arms: list[Arm], base: Arm | None):
             a, b = (x.run.get(name, x.config.get(name)) for x in (arm.one, base.one))
             if a != b:
                 yield f'{arm.name} has {name}={a}, {base.name} {b}: it has seen other data, or another amount'
+        # seed by seed: an experiment that went on on another machine may still have whole pairs on each
+        ours, theirs = ({r.seed: surroundings(r) for r in x.finished} for x in (arm, base))
         for name in ('device', 'dtype', 'compile', 'threads', 'torch'):
-            a, b = ({str(surroundings(r)[name]) for r in x.runs if r.run} for x in (arm, base))
-            if a != b:
-                a, b = (', '.join(sorted(x)) for x in (a, b))
-                yield f'{arm.name} ran with {name} {a}, {base.name} with {b}: their speeds cannot be compared'
+            pairs = {seed: (ours[seed][name], theirs[seed][name]) for seed in ours if seed in theirs}
+            apart = {seed: pair for seed, pair in pairs.items() if pair[0] != pair[1]}
+            if apart:
+                seeds, (a, b) = ', '.join(map(str, apart)), next(iter(apart.values()))
+                what = 'losses and speeds' if name in ('dtype', 'torch') else 'speeds'
+                yield (
+                    f'{arm.name} ran with {name} {a}, {base.name} with {b} (seeds {seeds}): '
+                    f'their {what} cannot be compared'
+                )
 
 
 def surroundings(run: Run) -> dict:

@@ -209,6 +209,16 @@ def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     assert 'too few for a headline: mixed (2), moved (1), short (1)' in text
 
 
+def test_a_pair_on_two_machines_is_marked_and_a_pair_that_moved_together_is_not(tree, tmp_path):
+    elsewhere = {'device': {'type': 'cpu', 'name': 'a newer processor', 'dtype': 'float32'}}
+    for arm, loss, moved in (('together', 4.1, (3, 4)), ('apart', 4.2, (2, 4))):
+        for seed in range(5):
+            make_run(tree / f'{arm}/seed{seed}', loss + seed, seed, run=elsewhere if seed in moved else {})
+    text, _ = report(tree, baseline='together', chosen=['apart'])
+    assert 'apart ran with device a newer processor, together with a processor (seeds 2, 3): their sp' in text
+    assert 'with dtype float32, together with bfloat16 (seeds 2, 3): their losses and speeds' in text
+
+
 def test_any_output_folders_compare(tmp_path):
     a = make_run(tmp_path / 'out/plain-1', 4.0, 1, out_dir='out/plain-1')
     b = make_run(tmp_path / 'out/plain-2', 4.2, 2, out_dir='out/plain-2')
