@@ -20,7 +20,7 @@ Relatives: Mirasol3B (Piergiovanni et al., 2023), Hierarchical Perceiver (Carrei
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -154,12 +154,12 @@ class HierarchyConfig(GPTConfig):
         """Tokens of a group."""
         return self.block_size // self.groups
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """[K_0, K_1, … K_n]: tokens and latents of a group."""
         return [self.group_size, *parse_numbers('latents', self.latents, 1)]
 
-    @property
+    @cached_property
     def level_widths(self) -> list[int]:
         """[d_0, d_1, … d_n]"""
         return parse_numbers('widths', self.widths, 1)
@@ -599,7 +599,7 @@ class Hierarchy(LanguageModel):
     def __init__(self, config: HierarchyConfig, seed: int | None = None):
         """seed: of the initial weights; None draws one from torch's global generator (torch.manual_seed)."""
         super().__init__()
-        self.config, self.context_limit = config, config.context_limit()
+        self.config, self.stack, self.context_limit = config, config.stack(), config.context_limit()
         tokens, n = config.at(0), config.levels
         self.transformer = nn.ModuleDict(
             {
@@ -622,11 +622,11 @@ class Hierarchy(LanguageModel):
 
     def make_stack(self) -> list[nn.Module]:
         """The blocks of the latent stack: a head plan counts the plain ones alone."""
-        c, plain = self.config, self.config.stack()
-        attentions = iter(make_attentions(plain))
+        c = self.config
+        attentions = iter(make_attentions(self.stack))
         every = c.channel_every if c.channels > 1 else c.n_layer + 1
         return [
-            Block(plain, next(attentions)) if (b + 1) % every else ChannelBlock(plain, c)
+            Block(self.stack, next(attentions)) if (b + 1) % every else ChannelBlock(self.stack, c)
             for b in range(c.n_layer)
         ]
 
@@ -677,7 +677,7 @@ class Hierarchy(LanguageModel):
         """The latent stack: (B, groups * K_n, d_n) -> the same"""
         if x.size(1) == 0:
             return x
-        t, stack = self.transformer, self.config.stack()
+        t, stack = self.transformer, self.stack
         memory = Memory(POSITIONS[stack.position].rotation(piece.across(self.config.levels), stack.head_size))
         outputs = [x]
         for b, block in enumerate(t.h):
