@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from hierarchy import Hierarchy
+from model import GPT, LanguageModel
 
 LAST, PREVIOUS, BEST = 'last.pt', 'previous.pt', 'best.pt'
+MODELS = {'gpt': GPT, 'hierarchy': Hierarchy}  # by the knob `model`
 KEYS = ('model', 'model_args', 'iter', 'config', 'tokenizer', 'data_fingerprint')  # that readers rely on
 
 
@@ -205,14 +207,20 @@ def load_folder(out_dir: str | Path, which: str = LAST) -> dict:
         ) from None
 
 
-def load_model(out_dir: str | Path, which: str = '', device: str = 'cpu') -> tuple[GPT, dict]:
+def kind_of(state: dict) -> str:
+    """The name in MODELS of a checkpoint's model."""
+    return state['config'].get('model', 'gpt')  # which runs did not say before there was another
+
+
+def load_model(out_dir: str | Path, which: str = '', device: str = 'cpu') -> tuple[LanguageModel, dict]:
     """The model of a run and its checkpoint; which: a file's name, or '' for best.pt, else last.pt."""
     which = which or (BEST if (Path(out_dir) / BEST).exists() else LAST)
     state = load_folder(out_dir, which)
     try:
-        model = GPT(GPTConfig(**state['model_args']), seed=0)
+        kind = MODELS[kind_of(state)]
+        model = kind(kind.config_class(**state['model_args']), seed=0)
         model.load_state_dict(state['model'])
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         reason = str(e).strip().splitlines()[0]
         raise CheckpointError(
             f'{Path(out_dir) / which} does not fit this version of model.py: {reason}'

@@ -1,5 +1,7 @@
 """A GPT whose attention is pluggable: the model, its cache, its FLOPs and its sampling, in one file.
 
+What it shares with other models (hierarchy.py) is `LanguageModel`.
+
 The boundary that every attention keeps:  y = attention(x, memory, cache)
 
     x       (B, T, n_embd), the normalised residual stream
@@ -91,6 +93,10 @@ class GPTConfig:
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def plan_name(self) -> str:
+        return self.attention + (f' {self.head_split}' if self.attention == 'reflex' else '')
+
     def layer_kinds(self) -> list[str]:
         """The attention of every layer, a name of PLANS or WINDOWED; ValueError where they do not add up."""
         kinds, words = [], self.attention.split()
@@ -144,11 +150,16 @@ class LearnedPosition(nn.Embedding):
     """A learned vector per position, added to the token's (GPT-2).
 
     Every position kind is called as  x, rotate = position(x, pos):  x (B, T, n_embd) embedded tokens, pos
-    (B or 1, T) their positions; attentions apply `rotate` to queries and keys (B, heads, T, head_size).
+    (B or 1, T) their positions; attentions apply `rotate` to queries and keys (B, heads, T, head_size). It is
+    rotation(pos, head_size), for attentions elsewhere.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.block_size, config.n_embd)
+
+    @staticmethod
+    def rotation(pos, head_size: int):
+        return unrotated
 
     def forward(self, x, pos):
         return x + super().forward(pos), unrotated
@@ -162,10 +173,14 @@ class RotaryPosition(nn.Module):
         super().__init__()
         self.head_size = config.head_size
 
+    @staticmethod
+    def rotation(pos, head_size: int):
+        pairs = torch.arange(0, head_size, 2, device=pos.device, dtype=torch.float32)
+        angle = pos[:, None, :, None].float() * 10000.0 ** (-pairs / head_size)  # (B or 1, 1, T, hs / 2)
+        return partial(rotate, cos=angle.cos(), sin=angle.sin())
+
     def forward(self, x, pos):
-        pairs = torch.arange(0, self.head_size, 2, device=pos.device, dtype=torch.float32)
-        angle = pos[:, None, :, None].float() * 10000.0 ** (-pairs / self.head_size)  # (B or 1, 1, T, hs / 2)
-        return x, partial(rotate, cos=angle.cos(), sin=angle.sin())
+        return x, self.rotation(pos, self.head_size)
 
 
 class NoPosition(nn.Module):
@@ -173,6 +188,10 @@ class NoPosition(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+
+    @staticmethod
+    def rotation(pos, head_size: int):
+        return unrotated
 
     def forward(self, x, pos):
         return x, unrotated
@@ -242,12 +261,16 @@ class KVCache:
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0):
-    """Attention of q (B, H, T, hs) over k, v (B, H, S, hs): as mask says, else causal where T > 1."""
+    """Attention of q (B, H, T, hs) over k, v (B, H, S >= T, hs): as mask (…, T, S) says, else causal, with
+    the T queries those of the last T keys."""
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and q.size(3) < 64:
         # torch's backward pass on CPU is 3 (hs 16) to 5 times (hs 32) as slow in bf16 as in fp32
         with torch.autocast('cpu', enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout_p).type_as(q)
-    causal = mask is None and q.size(2) > 1
+    T, S = q.size(2), k.size(2)
+    if mask is None and 1 < T < S:
+        mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
+    causal = mask is None and T > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
 
 
@@ -262,7 +285,7 @@ class HeadPlanAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
         super().__init__()
-        n_head = config.n_head
+        n_head = len(plan.heads[layer])
         self.n_head, self.head_size, self.dropout = n_head, config.head_size, config.dropout
         self.n_key, self.n_value = len(plan.keys[layer]), len(plan.values[layer])
         self.key_cuts, self.value_cuts = plan.key_cuts[layer], plan.value_cuts[layer]
@@ -278,7 +301,7 @@ class HeadPlanAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, memory: Memory, cache: KVCache | None = None):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         hs = self.head_size
         q, k, v = self.c_attn(x).split([self.n_head * hs, self.n_key * hs, self.n_value * hs], dim=2)
         q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, n_head, T, hs)
@@ -287,12 +310,11 @@ class HeadPlanAttention(nn.Module):
         q = memory.rotate(self.q_norm(q))
         k = memory.rotate(self.k_norm(k))  # lagged heads read it as it is from here on
         k, v = self.read(k, v, memory, cache)  # (B, n_head, S, hs), S >= T: the cache's tokens come first
-        S, mask = k.size(2), memory.mask
-        if mask is None and 1 < T < S:
-            mask = x.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, hs) -> (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        return self.output(attend(q, k, v, memory.mask, self.dropout if self.training else 0.0))
+
+    def output(self, y):
+        """y (B, n_head, T, hs) -> (B, T, n_embd)"""
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def read(self, k, v, memory: Memory, cache: KVCache | None):
         """This layer's k (B, n_key, T, hs), v (B, n_value, T, hs) -> what its heads read, (B, n_head, S, hs)
@@ -429,15 +451,16 @@ def make_attentions(config: GPTConfig) -> list[nn.Module]:
 
 
 class MLP(nn.Module):
-    """Two linear layers, 4 n_embd wide between them (GPT-2)."""
+    """Two linear layers, 4 n_embd wide between them (GPT-2), or hidden. linear: what makes the layers."""
 
     approximate = 'none'  # the exact GELU
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, hidden: int = 0, linear=nn.Linear):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        hidden = hidden or 4 * config.n_embd
+        self.c_fc = linear(config.n_embd, hidden, bias=config.bias)
         self.gelu = nn.GELU(approximate=self.approximate)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -454,15 +477,17 @@ class SwiGLU(nn.Module):
     """c_proj(silu(c_gate(x)) * c_fc(x)) (Shazeer, 2020).
 
     The hidden size is the multiple of 64 nearest to 8/3 n_embd: three matrices then have the parameters of
-    MLP's two (exactly at 768 or 1536, 1.6 % fewer at 512).
+    MLP's two (exactly at 768 or 1536, 1.6 % fewer at 512). hidden: of the MLP to be like, if it is not
+    4 n_embd; then it is the nearest multiple of 8.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, hidden: int = 0, linear=nn.Linear):
         super().__init__()
-        hidden = 64 * max(1, round(8 * config.n_embd / 3 / 64))
-        self.c_gate = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        step = 8 if hidden else 64
+        hidden = step * max(1, round(2 * (hidden or 4 * config.n_embd) / 3 / step))
+        self.c_gate = linear(config.n_embd, hidden, bias=config.bias)
+        self.c_fc = linear(config.n_embd, hidden, bias=config.bias)
+        self.c_proj = linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -498,24 +523,42 @@ class Cache:
             layer.select(rows)
 
 
-class GPT(nn.Module):
-    def __init__(self, config: GPTConfig, seed: int | None = None):
-        """seed: of the initial weights; None draws one from torch's global generator (torch.manual_seed)."""
-        super().__init__()
-        self.config = config
-        attentions = make_attentions(config)
-        self.context_limit = config.context_limit()
-        self.transformer = nn.ModuleDict(
-            {
-                'wte': nn.Embedding(config.vocab_size, config.n_embd),
-                'wpe': POSITIONS[config.position](config),  # has parameters only where they are learned
-                'drop': nn.Dropout(config.dropout),
-                'h': nn.ModuleList([Block(config, attn) for attn in attentions]),
-                'ln_f': NORMS[config.norm](config.n_embd, bias=config.bias),
-            }
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
+def count(module: nn.Module) -> int:
+    """Its parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def flops(module: nn.Module, T: int, backward: bool = False) -> float:
+    """FLOPs per token of a module's linear layers and attentions, over sequences of T tokens.
+
+    Every multiply-add of the matrix products counts 2, heads that are not projected count nothing, and
+    attention counts the full T x T square, which is the convention of MFU (PaLM, appendix B) and of
+    torch's FlopCounterMode. The backward pass is twice the forward pass (of additive attention's means,
+    once); recomputation does not count.
+    """
+    total = sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear)) * (
+        1 + 2 * backward
+    )
+    for m in module.modules():
+        if hasattr(m, 'backward_flops'):
+            total += m.flops_per_token(T) * (1 + m.backward_flops * backward)
+    return total
+
+
+class LanguageModel(nn.Module):
+    """What all models share: initial values, loss, optimizer, sampling.
+
+    A model has config, context_limit, lm_head and `transformer` with wte, and the methods
+        hidden(idx, cache)   token ids (B, T) -> what the head reads (B, T, C)
+        new_cache(B)         empty generation state for B sequences
+        describe(), summary(), parts(), flops_per_token(), cache_bytes_per_token(), state_bytes()
+    """
+
+    def finish(self, seed: int | None):
+        """Called at the end of a model's constructor: the head, and all initial values."""
+        wte = self.transformer.wte
+        self.lm_head = nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
+        self.lm_head.weight = wte.weight  # tied (Press and Wolf, 2017)
         self.init_weights(int(torch.randint(2**62, (), device='cpu')) if seed is None else seed)
 
     @torch.no_grad()
@@ -542,12 +585,6 @@ class GPT(nn.Module):
             if getattr(module, 'bias', None) is not None:
                 module.bias.zero_()
 
-    def describe(self) -> str:
-        """What the layers compute, a line for the blocks and one per attention: shapes do not tell it."""
-        c = self.config
-        blocks = f'norm {c.norm}, mlp {c.mlp}, position {c.position}, qk_norm {c.qk_norm}'
-        return '\n'.join([blocks, *(block.attn.describe() for block in self.transformer.h)])
-
     def get_extra_state(self) -> str:
         """Saved with the weights, and compared when they are loaded."""
         return self.describe()
@@ -559,35 +596,12 @@ class GPT(nn.Module):
                 f'{state}\nand this model (attention={self.config.attention!r}) is\n{self.describe()}'
             )
 
-    def hidden(self, idx, cache: Cache | None = None, pos=None, real=None):
-        """Token ids (B, T) -> final normalised residual stream (B, T, n_embd).
-
-        With a cache, idx follows the tokens that it holds, and the cache is advanced by T. For batches of
-        padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
-        which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
-        """
-        _, T = idx.shape
-        start = cache.length if cache is not None else 0
-        if start + T > self.context_limit:
-            raise ValueError(
-                f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
-            )
-        if pos is None:
-            pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
-        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
-        x = self.transformer.drop(x)
-        memory = Memory(rotate, real, T)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, memory, cache.layers[i] if cache is not None else None)
-        if cache is not None:
-            cache.length += T
-        return self.transformer.ln_f(x)
-
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, progress=None):
         """Token ids (B, T) -> (logits (B, T, vocab_size), None); with targets (B, T): (None, mean loss).
 
-        Targets of -1 do not count. Logits are not kept where only the loss is wanted: at 50304 tokens they
-        are the largest tensor by far; ask for them without targets.
+        Targets of -1 do not count. progress: in training, what part of it is done, as a scalar tensor: then a
+        model adds what losses it has beside that of the tokens. Logits are not kept where only the loss is
+        wanted: at 50304 tokens they are the largest tensor by far; ask for them without targets.
         """
         hidden = self.hidden(idx)
         if targets is None:
@@ -595,33 +609,10 @@ class GPT(nn.Module):
         return None, linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=-1)
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """Parameters, without the position embedding by default (nanoGPT's count: wte is also lm_head)."""
-        total = sum(p.numel() for p in self.parameters())
-        return total - sum(p.numel() for p in self.transformer.wpe.parameters()) if non_embedding else total
-
-    def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
-        """FLOPs per token of one pass over sequences of T tokens (default block_size).
-
-        Every multiply-add of the matrix products counts 2, heads that are not projected count nothing, and
-        attention counts the full T x T square, which is the convention of MFU (PaLM, appendix B) and of
-        torch's FlopCounterMode. The backward pass is twice the forward pass (of additive attention's means,
-        once); recomputation does not count.
-        """
-        T = T or self.config.block_size
-        total = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) * (
-            1 + 2 * backward
-        )
-        for attn in (block.attn for block in self.transformer.h):
-            total += attn.flops_per_token(T) * (1 + attn.backward_flops * backward)
-        return total
-
-    def cache_bytes_per_token(self, itemsize: int = 2) -> int:
-        """Bytes of generation state that one more token of one sequence costs (itemsize 2: bf16)."""
-        return sum(block.attn.cache_bytes_per_token(itemsize) for block in self.transformer.h)
-
-    def state_bytes(self, itemsize: int = 2) -> int:
-        """Bytes of generation state of one sequence that stay the same however many tokens it has."""
-        return sum(block.attn.state_bytes(itemsize) for block in self.transformer.h)
+        """Parameters, without position embeddings by default (nanoGPT's count: wte is also lm_head)."""
+        total = count(self)
+        tables = (m for m in self.modules() if isinstance(m, LearnedPosition))
+        return total - sum(map(count, tables)) if non_embedding else total
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type) -> torch.optim.AdamW:
         """AdamW, fused where the device has it; matrices decay, biases and norms do not."""
@@ -633,14 +624,12 @@ class GPT(nn.Module):
         fused = device_type in ('cuda', 'cpu')
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def new_cache(self, B: int) -> Cache:
-        """Empty state for B sequences of at most block_size tokens, in the type of the keys."""
+    def cache_type(self) -> tuple:
+        """(device, dtype) of keys and values in generation."""
         weight = self.lm_head.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        size = self.config.block_size
-        return Cache([b.attn.new_cache(B, size, weight.device, dtype) for b in self.transformer.h])
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return weight.device, torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None):
@@ -687,3 +676,83 @@ class GPT(nn.Module):
         return torch.cat(
             [idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)], dim=1
         )
+
+
+class GPT(LanguageModel):
+    config_class = GPTConfig
+
+    def __init__(self, config: GPTConfig, seed: int | None = None):
+        """seed: of the initial weights; None draws one from torch's global generator (torch.manual_seed)."""
+        super().__init__()
+        self.config = config
+        attentions = make_attentions(config)
+        self.context_limit = config.context_limit()
+        self.transformer = nn.ModuleDict(
+            {
+                'wte': nn.Embedding(config.vocab_size, config.n_embd),
+                'wpe': POSITIONS[config.position](config),  # has parameters only where they are learned
+                'drop': nn.Dropout(config.dropout),
+                'h': nn.ModuleList([Block(config, attn) for attn in attentions]),
+                'ln_f': NORMS[config.norm](config.n_embd, bias=config.bias),
+            }
+        )
+        self.finish(seed)
+
+    def describe(self) -> str:
+        """What the layers compute, a line for the blocks and one per attention: shapes do not tell it."""
+        c = self.config
+        blocks = f'norm {c.norm}, mlp {c.mlp}, position {c.position}, qk_norm {c.qk_norm}'
+        return '\n'.join([blocks, *(block.attn.describe() for block in self.transformer.h)])
+
+    def summary(self) -> str:
+        """What it is, in a line, for people."""
+        c = self.config
+        size = f'{self.num_params() / 1e6:.2f}M parameters'
+        return f'{c.plan_name}, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {size}'
+
+    def parts(self) -> dict[str, int]:
+        """Parameters by part of the model."""
+        t = self.transformer
+        named = {'tokens': t.wte, 'positions': t.wpe, 'blocks': t.h, 'final norm': t.ln_f}
+        return {name: count(module) for name, module in named.items()}
+
+    def hidden(self, idx, cache: Cache | None = None, pos=None, real=None):
+        """Token ids (B, T) -> final normalised residual stream (B, T, n_embd).
+
+        With a cache, idx follows the tokens that it holds, and the cache is advanced by T. For batches of
+        padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
+        which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
+        """
+        _, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.context_limit:
+            raise ValueError(
+                f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
+            )
+        if pos is None:
+            pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
+        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
+        x = self.transformer.drop(x)
+        memory = Memory(rotate, real, T)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, memory, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
+        """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""
+        return flops(self, T or self.config.block_size, backward)
+
+    def cache_bytes_per_token(self, itemsize: int = 2) -> int:
+        """Bytes of generation state that one more token of one sequence costs (itemsize 2: bf16)."""
+        return sum(block.attn.cache_bytes_per_token(itemsize) for block in self.transformer.h)
+
+    def state_bytes(self, itemsize: int = 2) -> int:
+        """Bytes of generation state of one sequence that stay the same however many tokens it has."""
+        return sum(block.attn.state_bytes(itemsize) for block in self.transformer.h)
+
+    def new_cache(self, B: int) -> Cache:
+        """Empty state for B sequences of at most block_size tokens, in the type of the keys."""
+        size, device_and_dtype = self.config.block_size, self.cache_type()
+        return Cache([b.attn.new_cache(B, size, *device_and_dtype) for b in self.transformer.h])

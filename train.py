@@ -1,9 +1,10 @@
-"""Train a GPT, on one device or several.
+"""Train a GPT, or another model, on one device or several.
 
     python train.py config/reflex_422.py                                     # one process
     python train.py config/reflex_422.py config/size_cpu.py --max_iters=100  # configs in order, flags win
     torchrun --standalone --nproc_per_node=2 train.py config/reflex_422.py   # several ranks, one host
     python train.py config/finetune_shakespeare.py --init_from=gpt2-medium   # from GPT-2-shaped weights
+    python train.py config/hierarchy.py                                      # another model
     python train.py --out_dir=out/reflex_422 --init_from=resume              # go on after any interruption
 
 Results: OUT_DIR/metrics.jsonl, run.json, last.pt, previous.pt and best.pt. `--help` lists every knob.
@@ -39,7 +40,7 @@ import checkpoint
 import metrics
 import pretrained
 from configurator import ConfigError, configure, from_dict
-from model import GPT, GPTConfig
+from model import GPTConfig
 from sample import document_start, stream_text
 from system import autocast_for, keep_memory, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
@@ -78,6 +79,7 @@ class Knobs:
     batch_size: int = 32  # sequences per micro-batch
     block_size: int = 1024  # tokens per sequence
     # model
+    model: str = 'gpt'  # gpt | hierarchy (groups of tokens become latents; all below is of its latent stack)
     n_layer: int = 6  # blocks
     n_head: int = 8  # attention heads per layer
     n_embd: int = 768  # width of the residual stream, a multiple of n_head
@@ -90,6 +92,25 @@ class Knobs:
     mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of like size
     position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
     qk_norm: bool = False  # an rmsnorm per head on queries and keys
+    # hierarchy (model='hierarchy'): lists of lengths are from tokens to the last level, '16-2', '64-128-256'
+    groups: int = 16  # of a sequence: block_size / groups tokens each
+    latents: str = '16-2'  # per group: of level 1, of level 2, …
+    widths: str = '64-128-768'  # of tokens, of level 1, …; the last one is n_embd
+    compression: str = 'perceiver'  # perceiver (a group's last tokens ask all of it) | transformer
+    compress_blocks: int = 2  # compression='transformer': blocks in the group before every level
+    local_blocks: str = '1'  # inside groups: at every length, or apart, '1-2-0' (tokens, level 1, level 2)
+    global_blocks: str = '1'  # over all groups: likewise
+    block_order: str = 'interleaved'  # local, global, local, … | serial: the local ones first
+    upsample: str = 'repeat'  # latents, to the length before | attention: and attend to them in the group
+    skip: str = 'sum'  # how the encoder's stream joins the decoder's: sum | interpolate (learned shares)
+    dense: bool = False  # DenseFormer: a latent block's input is a learned sum of all earlier outputs
+    channels: int = 1  # of the latent stack's multi-channel blocks; 1 = plain blocks
+    channel_every: int = 1  # every so many blocks of the stack is a multi-channel one
+    channel_mlp: float = 1.0  # hidden size of a channel's own MLP, times 4 n_embd / channels
+    channel_shared_kv: bool = False  # one key and value for all channels
+    channel_shared_mlps: int = 0  # MLPs that all channels use, beside their own
+    channel_merge: str = 'softmax'  # of the channels, elementwise: softmax | max | mean
+    latent_loss: float = 0.0  # weight of predicting the next latent, risen to over a fifth of training
     # optimizer
     learning_rate: float = 1e-3  # the highest, after warm-up
     max_iters: int = 5000  # optimizer steps
@@ -135,6 +156,7 @@ def check(k: Knobs):
         if not 0 <= getattr(k, name) < 1:
             raise ConfigError(f'{name}={getattr(k, name)}: must be in [0, 1)')
     choices = {
+        'model': tuple(checkpoint.MODELS),
         'lr_schedule': ('cosine', 'linear'),
         'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
         'backend': ('auto', 'nccl', 'gloo'),
@@ -147,6 +169,8 @@ def check(k: Knobs):
     close = difflib.get_close_matches(k.init_from, STARTS, n=1)
     if close and k.init_from not in STARTS and not Path(k.init_from).is_dir():
         raise ConfigError(f'init_from={k.init_from!r}: did you mean {close[0]!r}?')
+    if k.model != 'gpt' and k.init_from not in STARTS:
+        raise ConfigError(f'init_from={k.init_from!r}: only model=gpt starts from such weights')
     if k.init_from in STARTS:  # else the checkpoint has a say, see pretrained_knobs
         check_model(k)
 
@@ -159,8 +183,9 @@ def check_model(k: Knobs):
 
 
 def model_config(k: Knobs, vocab_size: int, vocab_used: int) -> GPTConfig:
-    given = {f.name: getattr(k, f.name) for f in fields(GPTConfig) if hasattr(k, f.name)}
-    return GPTConfig(**{**given, 'vocab_size': vocab_size, 'vocab_used': vocab_used})
+    config_class = checkpoint.MODELS[k.model].config_class
+    given = {f.name: getattr(k, f.name) for f in fields(config_class) if hasattr(k, f.name)}
+    return config_class(**{**given, 'vocab_size': vocab_size, 'vocab_used': vocab_used})
 
 
 def pretrained_knobs(k: Knobs, given: dict, found: GPTConfig) -> Knobs:
@@ -289,7 +314,7 @@ def evaluate(model, splits, k: Knobs, device, autocast, rank, world, stop) -> di
 def blame(model, micro_batches, autocast, rank, world) -> str:
     """Which tensor went wrong first: a weight, a module's output in this step, or a gradient; on any rank.
 
-    micro_batches: (dropout seed, x, y) of this rank's part of the step, which is computed once more.
+    micro_batches: (dropout seed, (x, y, progress)) of this rank's part of the step, computed once more.
     """
     places, bad = [], []  # in the order in which they are computed; the same on every rank
 
@@ -308,16 +333,16 @@ def blame(model, micro_batches, autocast, rank, world) -> str:
 
         hooks.append(module.register_forward_hook(after))
     with torch.no_grad(), autocast():
-        for seed, x, y in micro_batches:
+        for seed, inputs in micro_batches:
             torch.manual_seed(seed)
-            model(x, y)
+            model(*inputs)
     for hook in hooks:
         hook.remove()
     for name, p in reversed(list(model.named_parameters())):  # the backward pass begins at the end
         look(f'the gradient of {name}', p.grad)
     first = bad.index(True) if True in bad else len(places)
     if world > 1:
-        found = torch.tensor(first * world + rank, device=x.device)
+        found = torch.tensor(first * world + rank, device=inputs[0].device)
         dist.all_reduce(found, dist.ReduceOp.MIN)
         first, rank = divmod(found.item(), world)
     if first == len(places):
@@ -351,7 +376,7 @@ def resume_knobs(k: Knobs, given: dict, say) -> Knobs:
     return merged
 
 
-def refuse_other_data(state: dict, data, config: GPTConfig, out_dir: Path):
+def refuse_other_data(state: dict, data, kind: str, config: GPTConfig, out_dir: Path):
     """A checkpoint goes on only with the tokens, the tokenizer and the architecture it was trained with."""
     tokenizer = data.tokenizer_spec and data.tokenizer_spec['fingerprint']
     found = {'data set': data.fingerprint, 'tokenizer': tokenizer}
@@ -362,8 +387,9 @@ def refuse_other_data(state: dict, data, config: GPTConfig, out_dir: Path):
                 f'the {what} is {str(now)[:12]}, but the checkpoint in {out_dir} was trained with '
                 f'{str(then)[:12]}: give its --dataset, or start another run in another --out_dir'
             )
-    for name, now in asdict(config).items():
-        then = state['model_args'].get(name, now)
+    trained = {**state['model_args'], 'model': checkpoint.kind_of(state)}
+    for name, now in {'model': kind, **asdict(config)}.items():
+        then = trained.get(name, now)
         if now != then and name != 'dropout':
             raise ConfigError(
                 f'{name}={now!r}, but the checkpoint in {out_dir} was trained with {name}={then!r}: '
@@ -511,7 +537,7 @@ def main(argv: list[str]) -> int:
         config = model_config(k, vocab_size, data.vocab_size)
         if rank == 0:
             if state is not None:
-                refuse_other_data(state, data, config, out_dir)
+                refuse_other_data(state, data, k.model, config, out_dir)
             join()
         if ddp:
             refuse_unlike_ranks(k, data, state, device)
@@ -532,7 +558,7 @@ def train(
     resumed = state is not None
 
     # model and optimizer
-    model = GPT(config, seed=k.seed).to(device)
+    model = checkpoint.MODELS[k.model](config, seed=k.seed).to(device)
     optimizer = model.configure_optimizers(k.weight_decay, k.learning_rate, (k.beta1, k.beta2), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     it, best_val_loss, seconds, evaluated = 0, math.inf, 0.0, False
@@ -587,6 +613,7 @@ def train(
             'model': {
                 'params': model.num_params(),
                 'params_total': model.num_params(non_embedding=False),
+                'params_by_part': model.parts(),
                 'flops_per_token': flops_per_token,
                 'cache_bytes_per_token': model.cache_bytes_per_token(),
                 'state_bytes': model.state_bytes(),
@@ -607,9 +634,7 @@ def train(
         name = k.wandb_run_name or out_dir.name
         wandb = metrics.Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)
     say(
-        f'{out_dir}: {k.attention}{" " + k.head_split if k.attention == "reflex" else ""}, '
-        f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, '
-        f'{model.num_params() / 1e6:.2f}M parameters; {tokens_per_step:,} tokens per step; '
+        f'{out_dir}: {model.summary()}; {tokens_per_step:,} tokens per step; '
         f'{device} {dtype}, {world} rank{"s" * (world > 1)}{f"; from iteration {it}" if resumed else ""}'
     )
     if resumed and evaluated and it >= k.max_iters:
@@ -654,16 +679,18 @@ def train(
         micro = j * world + rank
         batch = get_batch(data.splits['train'], k.seed, step, micro, k.batch_size, k.block_size)
         x, y = (torch.from_numpy(a) for a in batch)
-        if device_type == 'cuda':  # pinned, so that the copy runs beside the computation
-            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-        return x.to(device), y.to(device)
+        progress = torch.full((), step / max(1, k.max_iters), device=device)
+        pinned = device_type == 'cuda'  # so that the copy runs beside the computation
+        if pinned:
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned), progress
 
-    x, y = fetch(it, 0)
+    inputs = fetch(it, 0)
     if ddp and not k.eval_only:
         # DDP orders its buckets by the first backward pass: here by one whose gradients are dropped, so that
         # a resumed run adds the ranks' gradients up in the same order from its first step on.
         with autocast():
-            trained(x, y)[1].backward()
+            trained(*inputs)[1].backward()
         optimizer.zero_grad(set_to_none=True)
     bar = tqdm(total=k.max_iters, initial=it, unit='it', disable=not (main_rank and sys.stderr.isatty()))
     plain = main_rank and bar.disable
@@ -708,10 +735,10 @@ def train(
                 if k.dropout:
                     torch.manual_seed(dropout_seed(k.seed, it, j * world + rank))
                 with autocast():
-                    _, loss = trained(x, y)
+                    _, loss = trained(*inputs)
                 scaler.scale(loss / micro_steps).backward()
                 loss_sum += loss.detach()
-                x, y = fetch(it, j + 1) if j + 1 < micro_steps else fetch(it + 1, 0)
+                inputs = fetch(it, j + 1) if j + 1 < micro_steps else fetch(it + 1, 0)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             stopping = bool(stop.reason) or (recorded and saver.error is not None)
@@ -724,7 +751,7 @@ def train(
             skipped = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 2**-14
             if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
                 seeds = [dropout_seed(k.seed, it, j * world + rank) for j in range(micro_steps)]
-                again = [(seed, *fetch(it, j)) for j, seed in enumerate(seeds)]
+                again = [(seed, fetch(it, j)) for j, seed in enumerate(seeds)]
                 raise TrainingError(
                     f'iteration {it}: loss {loss}, gradient norm {norm}; first not finite: '
                     f'{blame(model, again, autocast, rank, world)}. The update was not made. {go_back()}'
