@@ -77,9 +77,9 @@ SCALES = {
             '512/256': ['--n_embd=96', '--block_size=64'],
             '512/1024': ['--n_embd=96'],
             '768/1024': [],
-            # the published size and settings, for a hundredth of the steps; compiling would not pay
+            # the published size and settings, for 100 steps; compiling would not pay
             '128/2048': [
-                *('config/size_leap.py', '--max_iters=150', '--eval_interval=75', '--eval_iters=16'),
+                *('config/size_leap.py', '--max_iters=100', '--eval_interval=50', '--eval_iters=8'),
                 '--compile=false',
             ],
         },

@@ -153,7 +153,7 @@ def test_the_published_sizes():
 
 
 def test_the_published_size_of_leap():
-    for scale, steps in (('paper', 15000), ('cpu', 150)):
+    for scale, steps in (('paper', 15000), ('cpu', 100)):
         plan = experiments.Plan(parse('leap', f'--scale={scale}', '--learning_rate=5e-4'), [])
         assert plan.baseline == 'vanilla' and 'leap' in plan.arms and 'leap_global' in plan.arms
         k = plan.job('t', 'leap', 0, plan.rate('leap')).knobs
