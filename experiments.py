@@ -3,6 +3,7 @@
     python experiments.py 4 --scale=cpu --seeds=5 --jobs=2   # experiment 4 shrunk for a laptop, two at a time
     python experiments.py 4 --scale=paper                    # its published size, for a GPU
     python experiments.py 4 peers --scale=cpu --jobs=2       # and the closest published ideas beside them
+    python experiments.py leap --scale=cpu --learning_rate=2e-3   # LEAP, additive attention, vanilla
     python experiments.py 4 config/mine.py --scale=cpu       # and your own: an arm named mine
     python experiments.py 4 --scale=cpu --status             # what is done, and stop
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
@@ -61,13 +62,27 @@ SCALES = {
     'paper': Scale(
         ['openwebtext'],
         [],
-        {'512/256': ['config/size_512_256.py'], '512/1024': ['--n_embd=512'], '768/1024': []},
+        {
+            '512/256': ['config/size_512_256.py'],
+            '512/1024': ['--n_embd=512'],
+            '768/1024': [],
+            '128/2048': ['config/size_leap.py'],
+        },
     ),
     # all sizes shrunk together: a quarter of the block, a sixth to a fifth of the width; 8.2M tokens per run
     'cpu': Scale(
         ['proposals_bpe4096', 'stdlib'],
         ['config/size_cpu.py', '--device=cpu', '--eval_iters=32', '--compile=true'],
-        {'512/256': ['--n_embd=96', '--block_size=64'], '512/1024': ['--n_embd=96'], '768/1024': []},
+        {
+            '512/256': ['--n_embd=96', '--block_size=64'],
+            '512/1024': ['--n_embd=96'],
+            '768/1024': [],
+            # the published size for a hundredth of the steps: nothing is seen twice, so no dropout
+            '128/2048': [
+                *('config/size_leap.py', '--max_iters=150', '--warmup_iters=15', '--dropout=0'),
+                *('--eval_interval=50', '--eval_iters=8', '--compile=false'),
+            ],
+        },
         rates=(1e-3, 2e-3, 4e-3),
     ),
 }
@@ -77,7 +92,7 @@ SCALES = {
 class Experiment:
     question: str
     arms: dict  # name -> arguments of train.py; the first is the baseline
-    size: str = '768/1024'  # n_embd/block_size, as published
+    size: str = '768/1024'  # n_embd/block_size, as published; a key of Scale.sizes
     sizes: dict = field(default_factory=dict)  # arm -> size, where they differ
     arguments: list = field(default_factory=list)
     beside: str = ''  # the experiment whose results these arms stand beside, in its folder
@@ -129,6 +144,11 @@ EXPERIMENTS = {
             *('first_62', 'first_422', 'first_values_422', 'skip_v1_26', 'learned_split'),
         ),
         beside='4',
+    ),
+    'leap': Experiment(
+        'Does LEAP with windows beat vanilla, and vanilla LEAP without windows?',
+        configs('vanilla', 'leap', 'leap_global', 'additive', 'additive_global'),
+        '128/2048',
     ),
 }
 SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's

@@ -149,8 +149,8 @@ def picture(tokens: list[str], views: list[View], path: Path, head: int = -1):
         if token.endswith('\n'):
             column, line = 0, line + 1
     lines = line + 1
-    height = len(views) * (lines + 2)
-    fig = plt.figure(figsize=(COLUMNS * 0.085, height * 0.19 + 0.1), dpi=150)
+    height = len(views) * (lines + 2) - 0.5  # in lines: a title, the text, and one empty between views
+    fig = plt.figure(figsize=(COLUMNS * 0.07, height * 0.18), dpi=150)  # what 8 points need
     axes = fig.add_axes((0.01, 0, 0.98, 1), xlim=(0, COLUMNS), ylim=(height, 0))
     axes.axis('off')
     for n, view in enumerate(views):
@@ -158,7 +158,9 @@ def picture(tokens: list[str], views: list[View], path: Path, head: int = -1):
         weights = view.weights()
         weights = weights.mean(0) if head < 0 else weights[head]
         most = float(weights.max())
-        axes.text(0, top - 0.5, f'{view.title}   (darkest {most:.2g})', fontsize=7, color='gray', va='center')
+        darkest = f'darkest: {most:.2g} ' + ('times a plain mean' if view.logits else 'of a sum of 1')
+        title = f'{view.title} ({darkest})'
+        axes.text(0, top - 0.5, title, fontsize=7, color='dimgray', va='center')
         for token, weight, (x, y, width) in zip(tokens, weights.tolist(), places, strict=True):
             patch = Rectangle((x, top + y), width, 1, color='tab:orange', alpha=weight / most, linewidth=0)
             axes.add_patch(patch)

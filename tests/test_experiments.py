@@ -152,6 +152,16 @@ def test_the_published_sizes():
     }
 
 
+def test_the_published_size_of_leap():
+    for scale, steps, dropout, warmup in (('paper', 15000, 0.1, 0), ('cpu', 150, 0, 15)):
+        plan = experiments.Plan(parse('leap', f'--scale={scale}', '--learning_rate=5e-4'), [])
+        assert plan.baseline == 'vanilla' and 'leap' in plan.arms and 'leap_global' in plan.arms
+        k = plan.job('t', 'leap', 0, plan.rate('leap')).knobs
+        assert (k.n_layer, k.n_head, k.n_embd, k.block_size, k.batch_size) == (6, 4, 128, 2048, 2)
+        assert (k.max_iters, k.dropout, k.warmup_iters, k.learning_rate) == (steps, dropout, warmup, 5e-4)
+        assert (k.lr_schedule, k.min_lr, k.beta2, k.weight_decay) == ('linear', 0, 0.999, 0.01)
+
+
 def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys):
     assert lab('4', '--arms=vanilla,reflex_all', '--seeds=2', '--jobs=3') == 0
     swept = losses(tmp_path, '4-cpu-lr')

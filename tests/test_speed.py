@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, attend
+from model import DROPOUT_BLOCK, GPT, GPTConfig, attend
 from system import keep_memory
 
 
@@ -29,6 +29,29 @@ def test_attention_in_bf16_is_as_exact_as_torchs(head_size, masked):
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize('T', [DROPOUT_BLOCK, DROPOUT_BLOCK + 1, 3 * DROPOUT_BLOCK - 5])
+def test_attention_with_dropout_in_blocks_is_attention(T):
+    """With a dropout so rare that nothing is dropped; then half: on average the values stay."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v, upstream = torch.randn(4, 1, 2, T, 8, generator=generator)
+
+    def run(attention):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = attention(*inputs)
+        return y, *torch.autograd.grad(y, inputs, upstream)
+
+    ours = run(lambda *qkv: attend(*qkv, dropout_p=1e-12))
+    for a, b in zip(
+        ours, run(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(1)
+    v = torch.arange(1.0, T + 1).expand(1, 2, T).unsqueeze(-1)
+    dropped, exact = attend(q, k, v, dropout_p=0.5), attend(q, k, v)
+    assert abs(dropped.mean() / exact.mean() - 1) < 0.05
+    assert set(dropped[0, :, 0, 0].tolist()) <= {0.0, 2.0}, 'the first query sees the first value alone'
 
 
 def test_keeping_memory_changes_no_number():
