@@ -1,9 +1,9 @@
 """How fast: training, memory, start-up and generation of any configs, side by side on this machine.
 
-    python bench.py                                             # vanilla, 4-2-2, 5-2-1 and reflex_all at cpu size
+    python bench.py                                              # vanilla and three of reflex at cpu size
     python bench.py vanilla leap config/mine.py --size=512/256
-    python bench.py vanilla --nanogpt=../nanoGPT                # and a checkout of nanoGPT, in the same run
-    python bench.py vanilla --parts=tokens --nanogpt=../nanoGPT # 1,000 greedy tokens against nanoGPT's
+    python bench.py vanilla --nanogpt=../nanoGPT                 # and a checkout of nanoGPT, in the same run
+    python bench.py vanilla --parts=tokens --nanogpt=../nanoGPT  # 1,000 greedy tokens against nanoGPT's
 
 An arm is a config file, by its path or by its name in config/; the first one is the baseline. Arms take turns
 in one process, and a ratio is the median over rounds of what an arm and the baseline did in the same round.
@@ -20,7 +20,6 @@ import gc
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ from configurator import ConfigError, configure
 from model import GPT
 from optimizer import make_optimizer
 from system import autocast_for, keep_memory, pick_device, pick_dtype
-from tokendata import get_batch
+from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
 
 ROOT = Path(__file__).resolve().parent
 NANOGPT = ('nanoGPT (README)', 'nanoGPT (best)')
@@ -49,7 +48,18 @@ SIZES = {
     '768/1024': ([], 50304, 1),
     'shakespeare': (['config/shakespeare_char_cpu.py'], 128, 12),
 }
-PARTS = ('train', 'alone', 'generate', 'tokens')
+PARTS = ('train', 'alone', 'generate', 'tokens', 'race')
+# the CPU recipe of nanoGPT's README, where it differs from train.Knobs
+NANOGPT_RECIPE = {
+    'optimizer': 'adamw',
+    'learning_rate': 1e-3,
+    'min_lr': 1e-4,
+    'beta2': 0.99,
+    'max_iters': 2000,
+    'lr_decay_iters': 2000,
+    'warmup_iters': 100,
+    'lr_schedule': 'cosine',
+}
 
 
 def arguments(argv):
@@ -60,7 +70,8 @@ def arguments(argv):
     add('--batch', type=int, default=0, help='sequences per step; 0 = of the size')
     add('--block', type=int, default=0, help='tokens per sequence; 0 = of the size')
     add('--vocab', type=int, default=0, help='0 = of the size')
-    add('--parts', default=','.join(PARTS), help=f'what to measure, of {",".join(PARTS)} (default: all)')
+    add('--parts', default=','.join(PARTS[:4]), help=f'of {",".join(PARTS)} (default: all but the last)')
+    add('--target', type=float, default=1.88, help='of the race: loss on the validation data')
     add('--rounds', type=int, default=9, help='turns of each arm')
     add('--steps', type=int, default=2, help='training steps per turn')
     add('--contexts', default='256,1024,4096', help='tokens before the generated ones')
@@ -118,9 +129,12 @@ def arguments(argv):
 # Arms: one training step each, as the trainers do it
 
 
-def random_batches(k, vocab: int, device: str):
-    """Endless (x, y) of random tokens, (batch_size, block_size) each, fetched as train.py fetches."""
-    tokens = np.random.default_rng(0).integers(0, vocab, 2**20 + k.block_size).astype(np.uint16)
+def random_tokens(k, vocab: int):
+    return np.random.default_rng(0).integers(0, vocab, 2**20 + k.block_size).astype(np.uint16)
+
+
+def batches_of(tokens, k, device: str):
+    """Endless (x, y) of tokens, (batch_size, block_size) each, fetched as train.py fetches."""
     step = 0
     while True:
         batch = get_batch(tokens, k.seed, step, 0, k.batch_size, k.block_size)
@@ -131,14 +145,14 @@ def random_batches(k, vocab: int, device: str):
         step += 1
 
 
-def our_arm(k, args):
-    """(model, step): step() trains on one batch as train.py does, and waits for it."""
+def our_arm(k, args, tokens):
+    """(model, optimizer, step): step() trains on one batch of tokens as train.py does, and waits for it."""
     device_type = args.device.split(':')[0]
     model = GPT(train.model_config(k, args.vocab, args.vocab), seed=k.seed).to(args.device)
     optimizer = make_optimizer(model, k, device_type)
     compiled = torch.compile(model) if k.compile else model
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == 'float16')
-    batches = random_batches(k, args.vocab, args.device)
+    batches = batches_of(tokens, k, args.device)
     batch = [next(batches)]
 
     def step():
@@ -155,7 +169,7 @@ def our_arm(k, args):
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    return model, step
+    return model, optimizer, step
 
 
 def load_nanogpt(folder: Path):
@@ -174,8 +188,8 @@ def nanogpt_model(k, args):
     return module.GPT(module.GPTConfig(**shape, vocab_size=args.vocab)).to(args.device)
 
 
-def nanogpt_arm(k, args, best: bool):
-    """(model, step) of nanoGPT in the shape of the knobs k, trained as its train.py does."""
+def nanogpt_arm(k, args, tokens, best: bool = False):
+    """(model, optimizer, step) of nanoGPT in the shape of the knobs k, trained as its train.py does."""
     device_type = args.device.split(':')[0]
     on_cpu = device_type == 'cpu'
     model = nanogpt_model(k, args)
@@ -187,7 +201,7 @@ def nanogpt_arm(k, args, best: bool):
     compiled = torch.compile(model) if best or not on_cpu else model
     dtype = args.dtype if best or not on_cpu else 'float32'
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    batches = random_batches(k, args.vocab, args.device)
+    batches = batches_of(tokens, k, args.device)
     batch = [next(batches)]
 
     def step():
@@ -202,14 +216,15 @@ def nanogpt_arm(k, args, best: bool):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return model, step
+    return model, optimizer, step
 
 
 def make_arm(name: str, args):
+    k = args.knobs.get(name) or args.knobs[args.arms[0]]
+    tokens = random_tokens(k, args.vocab)
     if name in NANOGPT:
-        k = next(iter(args.knobs.values()))
-        return nanogpt_arm(k, args, best=name == NANOGPT[1])
-    return our_arm(args.knobs[name], args)
+        return nanogpt_arm(k, args, tokens, best=name == NANOGPT[1])
+    return our_arm(k, args, tokens)
 
 
 def prepare(name: str, args):
@@ -253,11 +268,11 @@ def bench_training(args) -> dict:
         prepare(name, args)
         arms[name] = make_arm(name, args)
         for _ in range(3):  # compiles, and allocates the optimizer's state
-            arms[name][1]()
+            arms[name][2]()
 
     def turn(name):
         prepare(name, args)
-        _, step = arms[name]
+        step = arms[name][2]
         began = time.perf_counter()
         for _ in range(args.steps):
             step()
@@ -294,8 +309,9 @@ def bench_alone(args, argv) -> dict:
 
 
 def run_alone(name: str, args):
+    """One arm, in this process: a line of JSON at the end."""
     prepare(name, args)
-    _, step = make_arm(name, args)
+    step = make_arm(name, args)[2]
     step()
     began = time.time() - args.began
     for _ in range(3):
@@ -358,7 +374,7 @@ def bench_generation(args) -> dict:
 
 
 def bench_tokens(args) -> dict:
-    """Greedy tokens from a prompt of one, by the baseline with its cache and by nanoGPT with the same weights."""
+    """Greedy tokens after a prompt of one, by the baseline with its cache and by nanoGPT with its weights."""
     say(f'tokens: {args.tokens} greedy ones')
     k = replace(args.knobs[args.arms[0]], block_size=max(1024, args.tokens))
     model = GPT(train.model_config(k, args.vocab, args.vocab), seed=1).to(args.device).eval()
@@ -389,6 +405,56 @@ def bench_tokens(args) -> dict:
     theirs *= args.tokens / len(lengths)
     counts = {'tokens': args.tokens, 'different_tokens': all_tokens.unique().numel()}
     return {**counts, 'seconds': ours, 'nanogpt_seconds': theirs, 'ratio': theirs / ours, 'same_tokens': same}
+
+
+def bench_race(args) -> dict:
+    """Seconds of training until the loss on all of val is --target, by each arm with its own recipe.
+
+    Evaluations, one every eval_interval steps, are outside of the clock. nanoGPT follows its README's recipe.
+    """
+    racers = {name: args.knobs[name] for name in args.arms}
+    k = args.knobs[args.arms[0]]
+    if args.nanogpt:
+        racers[NANOGPT[0]] = replace(k, **NANOGPT_RECIPE)
+    data = open_data(train.data_folder(k.dataset), k.block_size)
+    starts, skip = eval_starts(len(data.splits['val']), k.block_size, 0)
+    arms, rows = {}, {name: {'curve': []} for name in racers}
+
+    def evaluate(model):
+        total = count = 0
+        model.eval()
+        with torch.no_grad(), autocast_for(args.device, args.dtype):
+            for i in range(-(-len(starts) // 64)):
+                batch = eval_batch(data.splits['val'], starts, skip, i, 64, k.block_size)
+                x, y = (torch.from_numpy(a).to(args.device) for a in batch)
+                n = int((y != -1).sum())
+                total, count = total + n * model(x, y)[1].item(), count + n
+        model.train()
+        return total / count
+
+    for name, own in racers.items():
+        prepare(name, args)
+        arms[name] = (nanogpt_arm if name in NANOGPT else our_arm)(own, args, data.splits['train'])
+        rows[name] |= {'steps': 0, 'seconds': 0.0, 'val': evaluate(arms[name][0]), 'reached': False}
+    running = list(racers)
+    while running:
+        for name in list(running):
+            own, row, (model, optimizer, step) = racers[name], rows[name], arms[name]
+            prepare(name, args)
+            began = time.perf_counter()
+            for it in range(row['steps'], min(own.max_iters, row['steps'] + own.eval_interval)):
+                for group in optimizer.param_groups:
+                    group['lr'] = train.learning_rate_at(it, own) * group.get('lr_ratio', 1.0)
+                step()
+            row['seconds'] += time.perf_counter() - began
+            row['steps'] = it + 1
+            row['val'] = evaluate(model)
+            row['curve'].append([row['steps'], round(row['seconds'], 3), round(row['val'], 4)])
+            say(f'race: {name}: step {row["steps"]}, {row["seconds"]:.1f} s, val {row["val"]:.4f}')
+            row['reached'] = row['val'] <= args.target
+            if row['reached'] or row['steps'] >= own.max_iters:
+                running.remove(name)
+    return {'target': args.target, 'arms': rows}
 
 
 # -----------------------------------------------------------------------------
@@ -427,11 +493,23 @@ def markdown(result: dict) -> str:
             found = [by_context[c].get(how) for c in contexts for how in ('cached', 'recomputed')]
             rows.append([name, *(f'{f["tokens_per_s"]["median"]:,.1f}' if f else '-' for f in found)])
         parts.append(table(head, rows))
+    if 'race' in result:
+        first = result['race']['arms'][baseline]
+        rows = []
+        for name, row in result['race']['arms'].items():
+            reached = 'yes' if row['reached'] else 'no'
+            ratio = f'{row["seconds"] / first["seconds"]:.2f}'
+            rows.append(
+                [name, reached, f'{row["steps"]:,}', f'{row["seconds"]:.1f} s', ratio, f'{row["val"]:.3f}']
+            )
+        head = [f'to val {result["race"]["target"]}', 'reached', 'steps', 'training', f'of {baseline}', 'val']
+        parts.append(table(head, rows))
     if 'tokens' in result:
         t = result['tokens']
+        same = 'the same' if t['same_tokens'] else 'OTHER'
         parts.append(
             f'{t["tokens"]:,} greedy tokens: {t["seconds"]:.2f} s with the cache, {t["nanogpt_seconds"]:.1f} s '
-            f'by nanoGPT, {t["ratio"]:.1f} times as long; {"the same" if t["same_tokens"] else "OTHER"} tokens'
+            f'by nanoGPT, {t["ratio"]:.1f} times as long; {same} tokens'
         )
     return '\n\n'.join(parts)
 
@@ -478,6 +556,7 @@ def main(argv: list[str]):
         'alone': lambda: bench_alone(args, argv),
         'generate': lambda: bench_generation(args),
         'tokens': lambda: bench_tokens(args),
+        'race': lambda: bench_race(args),
     }
     for part in args.parts:
         result[part] = measures[part]()
@@ -486,12 +565,13 @@ def main(argv: list[str]):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
     device, threads = result['device'], result['threads']
-    print(f'{args.size} {result["shape"]}, {device["name"]}, {device["dtype"]}, {threads} threads\n')
+    shape = ', '.join(f'{name} {value}' for name, value in result['shape'].items())
+    print(f'{args.size} ({shape}), {device["name"]}, {device["dtype"]}, threads: {threads}\n')
     print(markdown(result))
 
 
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except ConfigError as e:
+    except (ConfigError, DataError) as e:
         sys.exit(f'bench.py: {e}')

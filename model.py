@@ -296,7 +296,7 @@ class HeadPlanAttention(nn.Module):
         S, mask = k[0].size(2), memory.mask  # S >= T: the cache's tokens come first
         if mask is None and 1 < T < S:
             mask = x.new_ones(T, S, dtype=torch.bool).tril(S - T)
-        if cache is not None and T == 1:
+        if cache is not None and T == 1 and len(self.runs) > 1:
             y = self.attend_in_place(q, k, v, mask)
         else:
             y = attend(q, join(k), join(v), mask, self.dropout if self.training else 0.0)

@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95, lr_ratio: float = 1.0):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, lr_ratio=lr_ratio))
+        defaults = {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum, 'lr_ratio': lr_ratio}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):

@@ -166,8 +166,8 @@ class HeadPlan:
         )
 
     def runs(self, layer: int) -> tuple[list[int], list[list[int]], list[list[int]]]:
-        """Sizes of the runs of heads that read one piece of keys and one of values, and how each piece that the
-        layer reads is cut into those runs: (runs, cuts per key piece, cuts per value piece)."""
+        """Sizes of the runs of heads that read one piece of keys and one of values, and how each piece that
+        the layer reads is cut into those runs: (runs, cuts per key piece, cuts per value piece)."""
         sizes = []
         for cuts, reads in ((self.key_cuts, self.key_reads), (self.value_cuts, self.value_reads)):
             whole = [len(self.heads[layer])]
