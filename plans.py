@@ -11,7 +11,7 @@ model.py projects just those, reads what the table says and counts its FLOPs.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -164,6 +164,24 @@ class HeadPlan:
         self.values, self.value_cuts, self.value_reads = _gather_plan(
             [[h.value for h in lay] for lay in self.heads]
         )
+
+    def runs(self, layer: int) -> tuple[list[int], list[list[int]], list[list[int]]]:
+        """Sizes of the runs of heads that read one piece of keys and one of values, and how each piece that
+        the layer reads is cut into those runs: (runs, cuts per key piece, cuts per value piece)."""
+        sizes = []
+        for cuts, reads in ((self.key_cuts, self.key_reads), (self.value_cuts, self.value_reads)):
+            whole = [len(self.heads[layer])]
+            sizes.append(whole if reads[layer] is None else [cuts[s][piece] for s, piece in reads[layer]])
+        ends = [list(accumulate(pieces)) for pieces in sizes]
+        bounds = sorted({0, *ends[0], *ends[1]})
+        cut = [
+            [
+                [b - a for a, b in pairwise(bounds) if end - size <= a < end]
+                for end, size in zip(*both, strict=True)
+            ]
+            for both in zip(ends, sizes, strict=True)
+        ]
+        return [b - a for a, b in pairwise(bounds)], *cut
 
     def describe(self, layer: int) -> str:
         """One line: per head its lag, or 'layer.head' of another index; key/value where they differ."""

@@ -41,6 +41,7 @@ import metrics
 import pretrained
 from configurator import ConfigError, configure, from_dict
 from model import GPTConfig
+from optimizer import make_optimizer
 from sample import document_start, stream_text
 from system import autocast_for, keep_memory, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
@@ -112,7 +113,9 @@ class Knobs:
     channel_merge: str = 'softmax'  # of the channels, elementwise: softmax | max | mean
     latent_loss: float = 0.0  # weight of predicting the next latent, risen to over a fifth of training
     # optimizer
+    optimizer: str = 'adamw'  # adamw | muon (for the matrices inside the blocks, AdamW for the rest)
     learning_rate: float = 1e-3  # the highest, after warm-up
+    muon_learning_rate: float = 0.0  # of muon's matrices, on the same schedule; 0 = learning_rate
     max_iters: int = 5000  # optimizer steps
     weight_decay: float = 0.1  # on matrices; norms and biases do not decay
     beta1: float = 0.9  # AdamW's memory of the gradient
@@ -147,7 +150,7 @@ def check(k: Knobs):
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least 1')
     not_negative = (
         'eval_iters sample_tokens checkpoint_interval checkpoint_minutes seed vocab_size max_iters '
-        'learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters threads'
+        'learning_rate muon_learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters threads'
     ).split()
     for name in not_negative:
         if getattr(k, name) < 0:
@@ -157,6 +160,7 @@ def check(k: Knobs):
             raise ConfigError(f'{name}={getattr(k, name)}: must be in [0, 1)')
     choices = {
         'model': tuple(checkpoint.MODELS),
+        'optimizer': ('adamw', 'muon'),
         'lr_schedule': ('cosine', 'linear'),
         'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
         'backend': ('auto', 'nccl', 'gloo'),
@@ -559,7 +563,7 @@ def train(
 
     # model and optimizer
     model = checkpoint.MODELS[k.model](config, seed=k.seed).to(device)
-    optimizer = model.configure_optimizers(k.weight_decay, k.learning_rate, (k.beta1, k.beta2), device_type)
+    optimizer = make_optimizer(model, k, device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     it, best_val_loss, seconds, evaluated = 0, math.inf, 0.0, False
     watches = {name: metrics.SpikeWatch() for name in ('loss', 'grad_norm')}
@@ -727,7 +731,7 @@ def train(
             started = time.perf_counter()
             lr = learning_rate_at(it, k)
             for group in optimizer.param_groups:
-                group['lr'] = lr
+                group['lr'] = lr * group.get('lr_ratio', 1.0)
             loss_sum = torch.zeros((), device=device)
             for j in range(micro_steps):
                 if ddp:  # ranks add their gradients once per step

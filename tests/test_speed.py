@@ -1,11 +1,30 @@
-"""What only speed explains changes no result."""
+"""What only speed explains changes no result; Muon does what it says, and resumes."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import test_model
+import test_peers
+from configurator import ConfigError
 from model import DROPOUT_BLOCK, GPT, GPTConfig, attend
+from optimizer import Muon, Together, hidden_matrices, make_optimizer, orthogonal
+from plans import PLANS, HeadPlan
+from runs import assert_same_run, resume, start, write_tokens
 from system import keep_memory
+
+PLANNED = [(test_model, name) for name in test_model.VARIANTS] + [
+    (test_peers, name) for name in test_peers.VARIANTS
+]
+
+
+def build(module, variant):
+    if module is test_peers:
+        return test_peers.build(variant).eval()
+    return GPT(test_model.config(variant), seed=2).double().eval()
 
 
 @pytest.mark.parametrize('head_size', [16, 32, 64])
@@ -72,3 +91,144 @@ def test_keeping_memory_changes_no_number():
         assert list(losses()) == expected
     finally:
         keep_memory(False)
+
+
+# ---- decoding from the caches as they lie
+
+
+@pytest.mark.parametrize(('module', 'variant'), PLANNED)
+def test_beams_read_the_caches_of_the_sequences_they_continue(module, variant):
+    model, idx = build(module, variant), test_model.tokens(B=3, T=12)
+    rows = torch.tensor([2, 0, 0, 1])
+    with torch.no_grad():
+        cache = model.new_cache(3)
+        model.hidden(idx[:, :8], cache)
+        cache.select(rows)
+        found = [model.lm_head(model.hidden(idx[rows][:, t : t + 1], cache)) for t in range(8, 12)]
+        expected = model(idx[rows])[0][:, 8:]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-10, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that is made, not a view of another one's."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if torch.is_tensor(a)}
+        for made in result if isinstance(result, tuple) else (result,):
+            if torch.is_tensor(made) and made.untyped_storage().data_ptr() not in given:
+                self.numbers = max(self.numbers, made.numel())
+        return result
+
+
+@pytest.mark.parametrize('variant', ['vanilla', 'reflex', 'reflex_all', 'cla', 'first', 'reflex_all_values'])
+def test_a_token_copies_no_cache(variant):
+    """Whatever a step makes is smaller than the keys of one head that it reads."""
+    config = GPTConfig(block_size=2048, vocab_size=64, n_layer=4, n_head=8, n_embd=64, attention=variant)
+    model = GPT(config, seed=1).eval()
+    idx = torch.randint(64, (1, 1025), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        cache = model.new_cache(1)
+        model.hidden(idx[:, :1024], cache)
+        with Largest() as largest:
+            model.hidden(idx[:, 1024:], cache)
+    assert 0 < largest.numbers <= 1025 * config.n_head  # the attention weights of a head each
+
+
+@pytest.mark.parametrize('attention', PLANS)
+def test_runs_are_where_both_pieces_stay(attention):
+    """Every run lies in one piece of keys and one of values, and together they are all heads, in order."""
+    config = GPTConfig(n_layer=6, n_head=8, n_embd=64, attention=attention)
+    plan = config.head_plan()
+    for l in range(6):
+        runs, key_cuts, value_cuts = plan.runs(l)
+        assert sum(runs) == 8
+        assert [n for cut in key_cuts for n in cut] == [n for cut in value_cuts for n in cut] == runs
+
+
+def test_runs_of_keys_and_values_that_are_cut_apart():
+    plan = HeadPlan(PLANS['reflex'](SimpleNamespace(n_layer=3, n_head=8, head_split='6-2/4-2-2')), 8)
+    assert plan.runs(2) == ([4, 2, 2], [[4, 2], [2]], [[4], [2], [2]])
+
+
+# ---- compiled, the loss in chunks
+
+
+@pytest.mark.parametrize('variant', ['4-2-2', 'reflex_all'])
+def test_compiled_whole_it_gives_the_same_loss_and_gradients(variant):
+    model, idx = GPT(test_model.config(variant), seed=2), test_model.tokens(B=2, T=16)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+
+    def run(forward):
+        loss = forward(idx, idx)[1]
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    for a, b in zip(run(compiled), run(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+# ---- Muon
+
+
+@pytest.mark.parametrize('shape', [(24, 8), (8, 24), (16, 16)])
+def test_the_update_is_about_orthogonal(shape):
+    """Singular vectors stay, singular values come near 1; also where they were 100 times apart."""
+    generator = torch.Generator().manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    for scale in (1.0, 1e-6):
+        matrix = scale * u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
+        values = (u.mT @ orthogonal(matrix) @ v.mT).diagonal()
+        assert ((values > 0.6) & (values < 1.25)).all()
+        torch.testing.assert_close(u @ torch.diag(values) @ v, orthogonal(matrix), rtol=0, atol=2e-3)
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_the_quintic_is_torchs():
+    """As torch.optim.Muon, which computes it in bf16 and without the Gram matrix."""
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.nn.Parameter(torch.ones(12, 30)) for _ in range(2))
+    optimizers = [
+        Muon([ours], lr=0.1, weight_decay=0.2),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, adjust_lr_fn='match_rms_adamw'),
+    ]
+    for _ in range(3):
+        ours.grad = torch.randn(12, 30, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    change = theirs - torch.ones_like(theirs)
+    assert (ours - theirs).norm() < 0.02 * change.norm()
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=True), seed=1)
+    knobs = {'weight_decay': 0.1, 'learning_rate': 1e-2, 'beta1': 0.9, 'beta2': 0.98}
+    k = SimpleNamespace(optimizer='muon', muon_learning_rate=2e-2, **knobs)
+    optimizer = make_optimizer(model, k, 'cpu')
+    muon, *adamw = optimizer.param_groups
+    taken = {name for name, p in model.named_parameters() if any(p is q for q in muon['params'])}
+    assert taken == {name for name, p in model.named_parameters() if '.h.' in name and p.dim() == 2}
+    rest = [p for group in adamw for p in group['params']]
+    assert len(rest) + len(taken) == len(list(model.parameters()))
+    assert not {id(p) for p in rest} & {id(p) for p in hidden_matrices(model)}
+    assert muon['lr_ratio'] == 2.0 and adamw[0]['weight_decay'] == 0.1 and adamw[1]['weight_decay'] == 0.0
+    assert isinstance(optimizer, Together)
+
+
+def test_muon_resumes_bit_for_bit(tmp_path):
+    data = write_tokens(tmp_path / 'tokens')
+    start(tmp_path / 'straight', data, optimizer='muon', muon_learning_rate=2e-2)
+    start(
+        tmp_path / 'resumed', data, optimizer='muon', muon_learning_rate=2e-2, max_iters=5, lr_decay_iters=12
+    )
+    resume(tmp_path / 'resumed', max_iters=12)
+    assert_same_run(tmp_path / 'straight', tmp_path / 'resumed')
+
+
+def test_an_unknown_optimizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="optimizer='adam': one of adamw, muon"):
+        start(tmp_path / 'run', tmp_path, optimizer='adam')

@@ -1,0 +1,577 @@
+"""How fast: training, memory, start-up and generation of any configs, side by side on this machine.
+
+    python bench.py                                              # vanilla and three of reflex at cpu size
+    python bench.py vanilla leap config/mine.py --size=512/256
+    python bench.py vanilla --nanogpt=../nanoGPT                 # and a checkout of nanoGPT, in the same run
+    python bench.py vanilla --parts=tokens --nanogpt=../nanoGPT  # 1,000 greedy tokens against nanoGPT's
+
+An arm is a config file, by its path or by its name in config/; the first one is the baseline. Arms take turns
+in one process, and a ratio is the median over rounds of what an arm and the baseline did in the same round.
+Memory and start-up are measured in a process of their own, since a process has one peak.
+
+nanoGPT runs its own model and optimizer: as its README says for the device (CPU: fp32, not compiled), and at
+best (compiled, the precision that is native, fused AdamW). Prints Markdown, writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import metrics
+import train
+from configurator import ConfigError, configure
+from model import GPT
+from optimizer import make_optimizer
+from system import autocast_for, keep_memory, pick_device, pick_dtype
+from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
+
+ROOT = Path(__file__).resolve().parent
+NANOGPT = ('nanoGPT (README)', 'nanoGPT (best)')
+
+
+# size -> config files, vocabulary, sequences per step on a CPU (elsewhere as configured)
+SIZES = {
+    'cpu': (['config/size_cpu.py'], 4096, 16),
+    '512/256': (['config/size_512_256.py'], 50304, 4),
+    '768/1024': ([], 50304, 1),
+    'shakespeare': (['config/shakespeare_char_cpu.py'], 128, 12),
+}
+PARTS = ('train', 'alone', 'generate', 'tokens', 'race')
+# the CPU recipe of nanoGPT's README, where it differs from train.Knobs
+NANOGPT_RECIPE = {
+    'optimizer': 'adamw',
+    'learning_rate': 1e-3,
+    'min_lr': 1e-4,
+    'beta2': 0.99,
+    'max_iters': 2000,
+    'lr_decay_iters': 2000,
+    'warmup_iters': 100,
+    'lr_schedule': 'cosine',
+}
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add('arms', nargs='*', default=['vanilla', 'reflex_422', 'reflex_521', 'reflex_all'])
+    add('--size', choices=SIZES, default='cpu', help='shape of model and batch')
+    add('--batch', type=int, default=0, help='sequences per step; 0 = of the size')
+    add('--block', type=int, default=0, help='tokens per sequence; 0 = of the size')
+    add('--vocab', type=int, default=0, help='0 = of the size')
+    add('--parts', default=','.join(PARTS[:4]), help=f'of {",".join(PARTS)} (default: all but the last)')
+    add('--target', type=float, default=1.88, help='of the race: loss on the validation data')
+    add('--rounds', type=int, default=9, help='turns of each arm')
+    add('--steps', type=int, default=2, help='training steps per turn')
+    add('--contexts', default='256,1024,4096', help='tokens before the generated ones')
+    add('--tokens', type=int, default=1000, help='greedy tokens that are generated against nanoGPT')
+    add('--every', type=int, default=20, help='of these, nanoGPT makes one in so many, which counts for all')
+    add('--compile', choices=('auto', 'true', 'false'), default='auto', help='auto = as configured')
+    add('--device', default='auto')
+    add('--dtype', default='auto')
+    add('--threads', type=int, default=0, help="CPU threads; 0 = torch's choice")
+    add('--nanogpt', type=Path, help='a checkout of nanoGPT')
+    add('--out', type=Path, help='JSON (default: results/bench/SIZE-DEVICE.json)')
+    add('--alone', default='', help=argparse.SUPPRESS)  # run this arm for its memory and start-up, and end
+    add('--began', type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name in ('batch', 'block', 'vocab', 'threads', 'tokens'):
+        if getattr(args, name) < 0:
+            parser.error(f'--{name}={getattr(args, name)}: must not be negative')
+    for name in ('rounds', 'steps', 'every'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name}={getattr(args, name)}: must be at least 1')
+    args.parts = args.parts.split(',')
+    for part in args.parts:
+        if part not in PARTS:
+            parser.error(f'--parts: {part!r} is unknown, of {",".join(PARTS)}')
+    try:
+        args.contexts = [int(n) for n in args.contexts.split(',')]
+    except ValueError:
+        parser.error(f'--contexts={args.contexts}: write numbers of tokens joined by commas')
+    if args.nanogpt and not (args.nanogpt / 'model.py').is_file():
+        parser.error(f'--nanogpt={args.nanogpt}: no model.py is there; give a checkout of nanoGPT')
+    if 'tokens' in args.parts and not args.nanogpt:
+        args.parts.remove('tokens')
+    files, vocab, batch = SIZES[args.size]
+    args.device = pick_device(args.device)
+    args.dtype = pick_dtype(args.dtype, args.device)
+    args.knobs = {}
+    for arm in args.arms:
+        path = Path(arm) if arm.endswith('.py') else ROOT / 'config' / f'{arm}.py'
+        k = configure(train.Knobs, [str(path), *(str(ROOT / f) for f in files)]).knobs
+        batch = batch if args.device == 'cpu' else k.batch_size
+        sizes = {'batch_size': args.batch or batch, 'block_size': args.block or k.block_size}
+        if args.compile != 'auto':
+            sizes['compile'] = args.compile == 'true'
+        args.knobs[path.stem] = replace(k, **sizes)
+        train.check(args.knobs[path.stem])
+    args.arms = list(args.knobs)
+    args.vocab = args.vocab or vocab
+    args.out = (
+        args.out or ROOT / 'results' / 'bench' / f'{args.size.replace("/", "-")}-{args.device[:4]}.json'
+    )
+    return args
+
+
+# -----------------------------------------------------------------------------
+# Arms: one training step each, as the trainers do it
+
+
+def random_tokens(k, vocab: int):
+    return np.random.default_rng(0).integers(0, vocab, 2**20 + k.block_size).astype(np.uint16)
+
+
+def batches_of(tokens, k, device: str):
+    """Endless (x, y) of tokens, (batch_size, block_size) each, fetched as train.py fetches."""
+    step = 0
+    while True:
+        batch = get_batch(tokens, k.seed, step, 0, k.batch_size, k.block_size)
+        x, y = (torch.from_numpy(a) for a in batch)
+        if device.startswith('cuda'):
+            x, y = x.pin_memory(), y.pin_memory()
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        step += 1
+
+
+def our_arm(k, args, tokens):
+    """(model, optimizer, step): step() trains on one batch of tokens as train.py does, and waits for it."""
+    device_type = args.device.split(':')[0]
+    model = GPT(train.model_config(k, args.vocab, args.vocab), seed=k.seed).to(args.device)
+    optimizer = make_optimizer(model, k, device_type)
+    compiled = torch.compile(model) if k.compile else model
+    scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == 'float16')
+    batches = batches_of(tokens, k, args.device)
+    batch = [next(batches)]
+
+    def step():
+        with autocast_for(args.device, args.dtype):
+            _, loss = compiled(*batch[0])
+        scaler.scale(loss).backward()
+        batch[0] = next(batches)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        loss = torch.stack([loss.detach(), norm]).tolist()[0]  # the step waits for the device here
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), k.grad_clip, norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return model, optimizer, step
+
+
+def load_nanogpt(folder: Path):
+    """The module model.py of a checkout of nanoGPT, by another name than ours."""
+    spec = importlib.util.spec_from_file_location('nanogpt_model', folder / 'model.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_model(k, args):
+    module = load_nanogpt(args.nanogpt)
+    names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')
+    shape = {name: getattr(k, name) for name in names}
+    return module.GPT(module.GPTConfig(**shape, vocab_size=args.vocab)).to(args.device)
+
+
+def nanogpt_arm(k, args, tokens, best: bool = False):
+    """(model, optimizer, step) of nanoGPT in the shape of the knobs k, trained as its train.py does."""
+    device_type = args.device.split(':')[0]
+    on_cpu = device_type == 'cpu'
+    model = nanogpt_model(k, args)
+    optimizer = model.configure_optimizers(k.weight_decay, k.learning_rate, (k.beta1, k.beta2), device_type)
+    if best and on_cpu:
+        optimizer = torch.optim.AdamW(
+            optimizer.param_groups, lr=k.learning_rate, betas=(k.beta1, k.beta2), fused=True
+        )
+    compiled = torch.compile(model) if best or not on_cpu else model
+    dtype = args.dtype if best or not on_cpu else 'float32'
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    batches = batches_of(tokens, k, args.device)
+    batch = [next(batches)]
+
+    def step():
+        with autocast_for(args.device, dtype):
+            _, loss = compiled(*batch[0])
+        batch[0] = next(batches)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), k.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return model, optimizer, step
+
+
+def make_arm(name: str, args):
+    k = args.knobs.get(name) or args.knobs[args.arms[0]]
+    tokens = random_tokens(k, args.vocab)
+    if name in NANOGPT:
+        return nanogpt_arm(k, args, tokens, best=name == NANOGPT[1])
+    return our_arm(k, args, tokens)
+
+
+def prepare(name: str, args):
+    """Before a turn of the arm: the process's memory as its trainer sets it."""
+    if args.device == 'cpu':
+        keep_memory(name not in NANOGPT)
+
+
+def all_arms(args) -> list[str]:
+    extra = [*NANOGPT] if args.nanogpt else []
+    if args.nanogpt and not args.device.startswith('cpu'):
+        extra = extra[:1]  # README's settings are the best ones there
+    return args.arms + extra
+
+
+# -----------------------------------------------------------------------------
+# Measures
+
+
+def spread(values) -> dict:
+    """Median, and the quartiles around it."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return {'median': middle, 'quartiles': [low, high]}
+
+
+def taking_turns(names, turn, rounds: int) -> dict[str, list[float]]:
+    """turn(name) -> seconds, of every arm in every round; who begins rotates."""
+    seconds = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(turn(name))
+    return seconds
+
+
+def bench_training(args) -> dict:
+    names = all_arms(args)
+    arms = {}
+    for name in names:
+        say(f'train: {name}')
+        prepare(name, args)
+        arms[name] = make_arm(name, args)
+        for _ in range(3):  # compiles, and allocates the optimizer's state
+            arms[name][2]()
+
+    def turn(name):
+        prepare(name, args)
+        step = arms[name][2]
+        began = time.perf_counter()
+        for _ in range(args.steps):
+            step()
+        synchronize(args.device)
+        return time.perf_counter() - began
+
+    seconds = taking_turns(names, turn, args.rounds)
+    peak, rows = metrics.peak_flops(args.device), {}
+    for name in names:
+        k = args.knobs.get(name) or args.knobs[args.arms[0]]
+        tokens = args.steps * k.batch_size * k.block_size
+        row = rows[name] = {'tokens_per_s': spread([tokens / s for s in seconds[name]])}
+        pairs = zip(seconds[args.arms[0]], seconds[name], strict=True)
+        row['ratio'] = spread([ours / theirs for ours, theirs in pairs])
+        row['seconds'] = seconds[name]
+        if name in args.knobs:
+            flops = arms[name][0].flops_per_token()
+            row['flops_per_token'] = flops
+            row['mfu'] = peak and row['tokens_per_s']['median'] * flops / peak
+    return rows
+
+
+def bench_alone(args, argv) -> dict:
+    """Peak memory, and seconds from the start of a process to the end of its first step."""
+    rows = {}
+    for name in all_arms(args):
+        say(f'alone: {name}')
+        command = [sys.executable, str(Path(__file__)), *argv, f'--alone={name}', f'--began={time.time()}']
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            sys.exit(f'bench.py: {name} failed:\n{result.stderr[-2000:]}')
+        rows[name] = json.loads(result.stdout.splitlines()[-1])
+    return rows
+
+
+def run_alone(name: str, args):
+    """One arm, in this process: a line of JSON at the end."""
+    prepare(name, args)
+    step = make_arm(name, args)[2]
+    step()
+    began = time.time() - args.began
+    for _ in range(3):
+        step()
+    print(json.dumps({'first_step_s': began, 'peak_bytes': metrics.peak_memory(args.device)}))
+
+
+def nanogpt_stream(model, idx, tokens: int):
+    """As GPT.stream, greedy: nanoGPT draws from its one likeliest token."""
+    for _ in range(tokens):
+        idx = model.generate(idx, 1, top_k=1)
+        yield idx[:, -1:]
+
+
+def bench_generation(args) -> dict:
+    """Tokens/s after a context is read, one sequence, with the cache and without."""
+    chunk, rows = 8, {}
+    long = max(args.contexts) + args.rounds * chunk + 1
+    models = {}
+    for name in args.arms:
+        config = train.model_config(replace(args.knobs[name], block_size=long), args.vocab, args.vocab)
+        models[name] = GPT(config, seed=1).to(args.device).eval()
+    if args.nanogpt:
+        models['nanoGPT'] = nanogpt_model(replace(args.knobs[args.arms[0]], block_size=long), args).eval()
+    for context in args.contexts:
+        say(f'generate: context {context}')
+        idx = torch.randint(args.vocab, (1, context), generator=torch.Generator().manual_seed(1))
+        idx = idx.to(args.device)
+        for cached in (True, False):
+            names = [name for name in models if name != 'nanoGPT' or not cached]
+            n, rounds = (chunk, args.rounds) if cached else (1, min(3, args.rounds))
+            streams = {}
+            for name in names:
+                prepare(name, args)
+                if name == 'nanoGPT':
+                    streams[name] = nanogpt_stream(models[name], idx, rounds * n + 1)
+                else:
+                    streams[name] = models[name].stream(idx, rounds * n + 1, 0, use_cache=cached)
+                with autocast_for(args.device, args.dtype):
+                    next(streams[name])  # reads the context
+
+            def turn(name, streams=streams, n=n):
+                prepare(name, args)
+                began = time.perf_counter()
+                with autocast_for(args.device, args.dtype):
+                    for _ in range(n):
+                        next(streams[name])
+                synchronize(args.device)
+                return time.perf_counter() - began
+
+            seconds = taking_turns(names, turn, rounds)
+            for name in names:
+                row = rows.setdefault(name, {}).setdefault(str(context), {})
+                pairs = zip(seconds[args.arms[0]], seconds[name], strict=True)
+                row['cached' if cached else 'recomputed'] = {
+                    'tokens_per_s': spread([n / s for s in seconds[name]]),
+                    'ratio': spread([ours / theirs for ours, theirs in pairs]),
+                }
+    return rows
+
+
+def bench_tokens(args) -> dict:
+    """Greedy tokens after a prompt of one, by the baseline with its cache and by nanoGPT with its weights."""
+    say(f'tokens: {args.tokens} greedy ones')
+    k = replace(args.knobs[args.arms[0]], block_size=max(1024, args.tokens))
+    model = GPT(train.model_config(k, args.vocab, args.vocab), seed=1).to(args.device).eval()
+    nanogpt = nanogpt_model(k, args).eval()
+    weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    nanogpt.load_state_dict(weights)
+    idx = torch.zeros(1, 1, dtype=torch.long, device=args.device)
+    with autocast_for(args.device, args.dtype):
+        prepare(args.arms[0], args)
+        model.generate(idx, 20, 0)
+        began = time.perf_counter()
+        all_tokens = model.generate(idx, args.tokens, 0)
+        synchronize(args.device)
+        ours = time.perf_counter() - began
+        prepare(NANOGPT[0], args)
+        lengths = range(1 + args.every // 2, args.tokens + 1, args.every)  # the middle one of each so many
+        theirs = 0.0
+        for length in lengths:
+            context = all_tokens[:, :length]
+            began = time.perf_counter()
+            nanogpt.generate(context, 1, top_k=1)
+            synchronize(args.device)
+            theirs += time.perf_counter() - began
+        # what it would have drawn, everywhere: the first difference would show
+        with torch.no_grad():
+            logits = nanogpt(all_tokens[:, :-1], all_tokens[:, 1:])[0]
+        same = bool((logits.argmax(-1) == all_tokens[:, 1:]).all())
+    theirs *= args.tokens / len(lengths)
+    counts = {'tokens': args.tokens, 'different_tokens': all_tokens.unique().numel()}
+    return {**counts, 'seconds': ours, 'nanogpt_seconds': theirs, 'ratio': theirs / ours, 'same_tokens': same}
+
+
+def bench_race(args) -> dict:
+    """Seconds of training until the loss on all of val is --target, by each arm with its own recipe.
+
+    Evaluations, one every eval_interval steps, are outside of the clock. nanoGPT follows its README's recipe.
+    """
+    racers = {name: args.knobs[name] for name in args.arms}
+    k = args.knobs[args.arms[0]]
+    if args.nanogpt:
+        racers[NANOGPT[0]] = replace(k, **NANOGPT_RECIPE)
+    data = open_data(train.data_folder(k.dataset), k.block_size)
+    starts, skip = eval_starts(len(data.splits['val']), k.block_size, 0)
+    arms, rows = {}, {name: {'curve': []} for name in racers}
+
+    def evaluate(model):
+        total = count = 0
+        model.eval()
+        with torch.no_grad(), autocast_for(args.device, args.dtype):
+            for i in range(-(-len(starts) // 64)):
+                batch = eval_batch(data.splits['val'], starts, skip, i, 64, k.block_size)
+                x, y = (torch.from_numpy(a).to(args.device) for a in batch)
+                n = int((y != -1).sum())
+                total, count = total + n * model(x, y)[1].item(), count + n
+        model.train()
+        return total / count
+
+    for name, own in racers.items():
+        prepare(name, args)
+        arms[name] = (nanogpt_arm if name in NANOGPT else our_arm)(own, args, data.splits['train'])
+        rows[name] |= {'steps': 0, 'seconds': 0.0, 'val': evaluate(arms[name][0]), 'reached': False}
+    running = list(racers)
+    while running:
+        for name in list(running):
+            own, row, (model, optimizer, step) = racers[name], rows[name], arms[name]
+            prepare(name, args)
+            began = time.perf_counter()
+            for it in range(row['steps'], min(own.max_iters, row['steps'] + own.eval_interval)):
+                for group in optimizer.param_groups:
+                    group['lr'] = train.learning_rate_at(it, own) * group.get('lr_ratio', 1.0)
+                step()
+            row['seconds'] += time.perf_counter() - began
+            row['steps'] = it + 1
+            row['val'] = evaluate(model)
+            row['curve'].append([row['steps'], round(row['seconds'], 3), round(row['val'], 4)])
+            say(f'race: {name}: step {row["steps"]}, {row["seconds"]:.1f} s, val {row["val"]:.4f}')
+            row['reached'] = row['val'] <= args.target
+            if row['reached'] or row['steps'] >= own.max_iters:
+                running.remove(name)
+    return {'target': args.target, 'arms': rows}
+
+
+# -----------------------------------------------------------------------------
+# What is told
+
+
+def markdown(result: dict) -> str:
+    def cell(value, digits):
+        low, high = value['quartiles']
+        return f'{value["median"]:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})'
+
+    def table(head, rows):
+        return '\n'.join(f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *rows])
+
+    alone, training, generation = (result.get(part, {}) for part in ('alone', 'train', 'generate'))
+    baseline, parts = result['arms'][0], []
+    rows = []
+    for name in training or alone:
+        of_training, of_alone = training.get(name), alone.get(name)
+        row = [name]
+        if of_training:
+            row += [cell(of_training['tokens_per_s'], 0), cell(of_training['ratio'], 3)]
+            row += [f'{of_training["mfu"]:.1%}' if of_training.get('mfu') else '-']
+        if of_alone:
+            memory = of_alone['peak_bytes']
+            row += [f'{memory / 2**20:,.0f} MiB' if memory else '-', f'{of_alone["first_step_s"]:.1f} s']
+        rows.append(row)
+    if rows:
+        head = ['training', 'tokens/s', f'of {baseline}', 'MFU'] if training else ['training']
+        parts.append(table(head + (['peak memory', 'to the first step'] if alone else []), rows))
+    if generation:
+        contexts = list(next(iter(generation.values())))
+        head = ['generation, tokens/s'] + [f'{c}, {how}' for c in contexts for how in ('cache', 'no cache')]
+        rows = []
+        for name, by_context in generation.items():
+            found = [by_context[c].get(how) for c in contexts for how in ('cached', 'recomputed')]
+            rows.append([name, *(f'{f["tokens_per_s"]["median"]:,.1f}' if f else '-' for f in found)])
+        parts.append(table(head, rows))
+    if 'race' in result:
+        first = result['race']['arms'][baseline]
+        rows = []
+        for name, row in result['race']['arms'].items():
+            reached = 'yes' if row['reached'] else 'no'
+            ratio = f'{row["seconds"] / first["seconds"]:.2f}'
+            rows.append(
+                [name, reached, f'{row["steps"]:,}', f'{row["seconds"]:.1f} s', ratio, f'{row["val"]:.3f}']
+            )
+        head = [f'to val {result["race"]["target"]}', 'reached', 'steps', 'training', f'of {baseline}', 'val']
+        parts.append(table(head, rows))
+    if 'tokens' in result:
+        t = result['tokens']
+        same = 'the same' if t['same_tokens'] else 'OTHER'
+        parts.append(
+            f'{t["tokens"]:,} greedy tokens: {t["seconds"]:.2f} s with the cache, {t["nanogpt_seconds"]:.1f} s '
+            f'by nanoGPT, {t["ratio"]:.1f} times as long; {same} tokens'
+        )
+    return '\n\n'.join(parts)
+
+
+def synchronize(device: str):
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+
+
+def say(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]):
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision('high')  # as train.py, and as nanoGPT
+    if args.alone:
+        return run_alone(args.alone, args)
+    k = args.knobs[args.arms[0]]
+    result = {
+        'command': ' '.join(['python bench.py', *argv]),
+        'arms': args.arms,
+        'size': args.size,
+        'shape': {
+            'n_layer': k.n_layer,
+            'n_head': k.n_head,
+            'n_embd': k.n_embd,
+            'vocab_size': args.vocab,
+            'block_size': k.block_size,
+            'batch_size': k.batch_size,
+        },
+        'device': {'name': metrics.device_name(args.device), 'dtype': args.dtype},
+        'threads': torch.get_num_threads(),
+        'compile': {name: k.compile for name, k in args.knobs.items()},
+        'cores': os.cpu_count(),
+        'load_before': os.getloadavg() if hasattr(os, 'getloadavg') else None,
+        'commit': metrics.commit(),
+        'versions': metrics.versions(),
+    }
+    measures = {
+        'train': lambda: bench_training(args),
+        'alone': lambda: bench_alone(args, argv),
+        'generate': lambda: bench_generation(args),
+        'tokens': lambda: bench_tokens(args),
+        'race': lambda: bench_race(args),
+    }
+    for part in args.parts:
+        result[part] = measures[part]()
+        gc.collect()
+    result['load_after'] = os.getloadavg() if hasattr(os, 'getloadavg') else None
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    device, threads = result['device'], result['threads']
+    shape = ', '.join(f'{name} {value}' for name, value in result['shape'].items())
+    print(f'{args.size} ({shape}), {device["name"]}, {device["dtype"]}, threads: {threads}\n')
+    print(markdown(result))
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError) as e:
+        sys.exit(f'bench.py: {e}')
