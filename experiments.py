@@ -61,13 +61,24 @@ SCALES = {
     'paper': Scale(
         ['openwebtext'],
         [],
-        {'512/256': ['config/size_512_256.py'], '512/1024': ['--n_embd=512'], '768/1024': []},
+        {
+            '512/256': ['config/size_512_256.py'],
+            '512/1024': ['--n_embd=512'],
+            '768/1024': [],
+            # of about the parameters of vanilla 768/1024
+            'hierarchy': ['--model=hierarchy', '--latents=16-4', '--widths=256-512-768', '--n_layer=4'],
+        },
     ),
     # all sizes shrunk together: a quarter of the block, a sixth to a fifth of the width; 8.2M tokens per run
     'cpu': Scale(
         ['proposals_bpe4096', 'stdlib'],
         ['config/size_cpu.py', '--device=cpu', '--eval_iters=32', '--compile=true'],
-        {'512/256': ['--n_embd=96', '--block_size=64'], '512/1024': ['--n_embd=96'], '768/1024': []},
+        {
+            '512/256': ['--n_embd=96', '--block_size=64'],
+            '512/1024': ['--n_embd=96'],
+            '768/1024': [],
+            'hierarchy': ['config/hierarchy_cpu.py'],
+        },
         rates=(1e-3, 2e-3, 4e-3),
     ),
 }
@@ -81,6 +92,13 @@ class Experiment:
     sizes: dict = field(default_factory=dict)  # arm -> size, where they differ
     arguments: list = field(default_factory=list)
     beside: str = ''  # the experiment whose results these arms stand beside, in its folder
+
+
+# each one a change of the hierarchy, whose shape is that of its size
+HIERARCHY_OPTIONS = [
+    *('hierarchy_transformer', 'hierarchy_attention', 'hierarchy_channels4', 'hierarchy_channels8'),
+    *('hierarchy_dense', 'hierarchy_latent_loss', 'hierarchy_interpolate', 'hierarchy_reflex'),
+]
 
 
 def configs(*names: str) -> dict:
@@ -129,6 +147,11 @@ EXPERIMENTS = {
             *('first_62', 'first_422', 'first_values_422', 'skip_v1_26', 'learned_split'),
         ),
         beside='4',
+    ),
+    'hierarchy': Experiment(
+        'What does the hierarchical transformer give for its time, and which of its options earn their cost?',
+        {**configs('vanilla'), 'hierarchy': [], **configs(*HIERARCHY_OPTIONS)},
+        sizes=dict.fromkeys(['hierarchy', *HIERARCHY_OPTIONS], 'hierarchy'),
     ),
 }
 SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's
