@@ -14,6 +14,7 @@ import checkpoint
 import hierarchy
 import train
 from configurator import ConfigError, configure
+from conftest import random_gpt
 from hierarchy import Hierarchy, HierarchyConfig
 from runs import assert_same_run, resume, start, write_tokens
 
@@ -64,12 +65,7 @@ for _values in itertools.product(hierarchy.COMPRESSIONS, ('repeat', 'attention')
 
 def make(seed=1, std=0.3, **changes):
     """A model in float64 whose attention is far from uniform."""
-    model = Hierarchy(HierarchyConfig(**{**SMALL, **changes}), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.empty_like(p).normal_(0.0, std, generator=generator))
-    return model.double().eval()
+    return random_gpt(HierarchyConfig(**{**SMALL, **changes}), seed, std).double()
 
 
 def tokens(seed=0, B=2, T=24):
@@ -490,7 +486,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(changes, words):
 def test_too_many_tokens_and_padding_before_are_refused():
     with pytest.raises(ValueError, match='25 tokens do not fit block_size=24'):
         make()(tokens(T=25))
-    with pytest.raises(ValueError, match='pad on the right'):
+    with pytest.raises(ValueError, match='padding goes to the right'):
         make().hidden(tokens(), real=torch.ones(2, 24, dtype=torch.bool))
 
 
