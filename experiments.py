@@ -67,6 +67,8 @@ SCALES = {
             '512/1024': ['--n_embd=512'],
             '768/1024': [],
             '128/2048': ['config/size_leap.py'],
+            # of about the parameters of vanilla 768/1024
+            'hierarchy': ['--model=hierarchy', '--latents=16-4', '--widths=256-512-768', '--n_layer=4'],
         },
     ),
     # all sizes shrunk together: a quarter of the block, a sixth to a fifth of the width; 8.2M tokens per run
@@ -82,6 +84,7 @@ SCALES = {
                 *('config/size_leap.py', '--max_iters=150', '--warmup_iters=15', '--dropout=0'),
                 *('--eval_interval=50', '--eval_iters=8', '--compile=false'),
             ],
+            'hierarchy': ['config/hierarchy_cpu.py'],
         },
         rates=(1e-3, 2e-3, 4e-3),
     ),
@@ -96,6 +99,13 @@ class Experiment:
     sizes: dict = field(default_factory=dict)  # arm -> size, where they differ
     arguments: list = field(default_factory=list)
     beside: str = ''  # the experiment whose results these arms stand beside, in its folder
+
+
+# each one a change of the hierarchy, whose shape is that of its size
+HIERARCHY_OPTIONS = [
+    *('hierarchy_transformer', 'hierarchy_attention', 'hierarchy_channels4', 'hierarchy_channels8'),
+    *('hierarchy_dense', 'hierarchy_latent_loss', 'hierarchy_interpolate', 'hierarchy_reflex'),
+]
 
 
 def configs(*names: str) -> dict:
@@ -149,6 +159,11 @@ EXPERIMENTS = {
         'Does LEAP with windows beat vanilla, and vanilla LEAP without windows?',
         configs('vanilla', 'leap', 'leap_global', 'additive', 'additive_global'),
         '128/2048',
+    ),
+    'hierarchy': Experiment(
+        'What does the hierarchical transformer give for its time, and which of its options earn their cost?',
+        {**configs('vanilla'), 'hierarchy': [], **configs(*HIERARCHY_OPTIONS)},
+        sizes=dict.fromkeys(['hierarchy', *HIERARCHY_OPTIONS], 'hierarchy'),
     ),
 }
 SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 import checkpoint
 from configurator import ConfigError, configure
 from leap import Mean
+from model import GPT
 from sample import document_start, read_prompt
 from tokenizer import TokenizerError, from_spec
 
@@ -184,6 +185,10 @@ def main(argv: list[str]) -> int:
     model, state = checkpoint.load_model(k.out_dir, k.checkpoint)
     if state['tokenizer'] is None:
         raise ConfigError(f'{k.out_dir} was trained on plain token files: no tokenizer is known to read with')
+    if not isinstance(model, GPT):
+        raise ConfigError(
+            f'{k.out_dir} holds a {type(model).__name__}: views are of single tokens, as in a GPT'
+        )
     if not -1 <= k.head < model.config.n_head:
         raise ConfigError(f'head={k.head}: from 0 to {model.config.n_head - 1}, or -1 for the mean of all')
     tokenizer = from_spec(state['tokenizer'])

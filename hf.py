@@ -19,7 +19,8 @@ import torch
 
 import checkpoint
 from configurator import ConfigError, configure
-from model import GPT
+from hierarchy import Hierarchy
+from model import GPT, LanguageModel
 from pretrained import ACTIVATIONS, TRANSPOSED
 from tokenizer import TokenizerError, from_spec
 
@@ -28,12 +29,21 @@ try:
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
-    from modeling_reflex import LeapConfig, LeapForCausalLM, ReflexConfig, ReflexForCausalLM  # noqa: F401
+    from modeling_reflex import (
+        HierarchicalConfig,
+        HierarchicalForCausalLM,
+        LeapConfig,  # noqa: F401
+        LeapForCausalLM,  # noqa: F401
+        ReflexConfig,
+        ReflexForCausalLM,
+    )
 except ImportError as error:
     sys.exit(f'hf.py needs {error.name}: pip install -r requirements-extras.txt')
 
-transformers.AutoConfig.register('reflex', ReflexConfig, exist_ok=True)
-transformers.AutoModelForCausalLM.register(ReflexConfig, ReflexForCausalLM, exist_ok=True)
+CLASSES = {GPT: (ReflexConfig, ReflexForCausalLM), Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM)}
+for their_config, their_model in CLASSES.values():
+    transformers.AutoConfig.register(their_config.model_type, their_config, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(their_config, their_model, exist_ok=True)
 
 
 class ExportError(Exception):
@@ -48,7 +58,7 @@ class Knobs:
     as_gpt2: bool = False  # as a plain GPT-2, which loads without code of ours; for vanilla models
 
 
-def export(model: GPT, tokenizer, folder: str | Path, as_gpt2: bool = False):
+def export(model: LanguageModel, tokenizer, folder: str | Path, as_gpt2: bool = False):
     """Write model and tokenizer (of tokenizer.py, or None) to folder.
 
     Padding rows of the embedding are left out: logits are those of the real ids. Raises ExportError where
@@ -60,11 +70,13 @@ def export(model: GPT, tokenizer, folder: str | Path, as_gpt2: bool = False):
         special = {'bos_token_id': tokenizer.eot if tokenizer.bos is None else tokenizer.bos}
         special |= {'eos_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot}
         convert_tokenizer(tokenizer, config.block_size).save_pretrained(folder)
-    exported = gpt2(config, state, special) if as_gpt2 else reflex(config, state, special)
+    if as_gpt2 and not isinstance(model, GPT):
+        raise ExportError(f'a {type(model).__name__} is not GPT-2: export without as_gpt2')
+    exported = gpt2(config, state, special) if as_gpt2 else reflex(type(model), config, state, special)
     exported.save_pretrained(folder)
 
 
-def trimmed(model: GPT):
+def trimmed(model: LanguageModel):
     """The model's config and weights (by name, on the CPU) without the padding rows of the vocabulary."""
     used = model.config.vocab_used or model.config.vocab_size
     state = {name: p.detach().cpu() for name, p in model.named_parameters()}
@@ -72,9 +84,10 @@ def trimmed(model: GPT):
     return replace(model.config, vocab_size=used, vocab_used=0), state
 
 
-def reflex(config, state, special) -> ReflexForCausalLM:
+def reflex(kind: type, config, state, special) -> ReflexForCausalLM:
     given = {k: v for k, v in asdict(config).items() if k != 'vocab_used'}
-    model = ReflexForCausalLM(ReflexConfig(**given, **special))
+    config_class, model_class = CLASSES[kind]
+    model = model_class(config_class(**given, **special))
     model.gpt.load_state_dict(
         {
             **state,

@@ -691,7 +691,8 @@ class Hierarchy(LanguageModel):
         """Token ids (B, T) -> what the head reads, (B, T, d_0).
 
         With a cache, idx follows the tokens that it holds, and the cache is advanced by T. pos, real: as of
-        GPT.hidden, but groups begin at the first token: ValueError where there is padding before one.
+        GPT.hidden, but groups begin at the first token: ValueError unless positions are one after the other
+        and all padding is on the right.
         """
         T, K = idx.size(1), self.config.group_size
         start = cache.length if cache is not None else 0
@@ -699,8 +700,11 @@ class Hierarchy(LanguageModel):
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
-        if real is not None:
-            raise ValueError('a hierarchy forms groups from the first token on: pad on the right, not before')
+        in_order = pos is None or bool((pos == torch.arange(start, start + T, device=idx.device)).all())
+        if real is not None or not in_order:
+            raise ValueError(
+                'a hierarchy forms groups from the first token on: padding goes to the right alone'
+            )
         if cache is None:  # the last group is filled up on the right, where nobody before it looks
             idx = F.pad(idx, (0, -T % K))
             return self.run(idx, Piece(self.config, 0, idx.size(1), idx.device, None))[0][:, :T]

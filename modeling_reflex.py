@@ -13,6 +13,7 @@ import ast
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from hierarchy import Hierarchy, HierarchyConfig
 from model import GPT, GPTConfig
 
 
@@ -30,7 +32,8 @@ class ReflexConfig(PreTrainedConfig):
     """The fields of GPTConfig (model.py), with the same meaning and defaults; all vocab_size ids are real."""
 
     model_type = 'reflex'
-    keys_to_ignore_at_inference = ['past_key_values']  # noqa: RUF012 (transformers adds lists to it)
+    of: ClassVar = GPTConfig
+    keys_to_ignore_at_inference = ['past_key_values', 'cache']  # noqa: RUF012 (transformers adds lists to it)
     attribute_map = {  # noqa: RUF012 (transformers assigns to it)
         'hidden_size': 'n_embd',
         'num_hidden_layers': 'n_layer',
@@ -62,8 +65,8 @@ class ReflexConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def gpt_config(self) -> GPTConfig:
-        names = {f.name for f in fields(GPTConfig)} - {'vocab_used'}
-        return GPTConfig(**{name: getattr(self, name) for name in names})
+        names = {f.name for f in fields(self.of)} - {'vocab_used'}
+        return self.of(**{name: getattr(self, name) for name in names})
 
     def validate_gpt(self):
         """transformers calls every validate_… when a config is made: what does not fit is refused there."""
@@ -91,6 +94,33 @@ class LeapConfig(ReflexConfig):
         if not use_local_att:
             self.windows = 'global'
         super().__post_init__(**kwargs)
+
+
+@strict
+class HierarchicalConfig(ReflexConfig):
+    """The fields of HierarchyConfig (hierarchy.py), likewise."""
+
+    model_type = 'reflex_hierarchy'
+    of: ClassVar = HierarchyConfig
+
+    groups: int = 16
+    latents: str = '16-2'
+    widths: str = '64-128-768'
+    compression: str = 'perceiver'
+    compress_blocks: int = 2
+    local_blocks: str = '1'
+    global_blocks: str = '1'
+    block_order: str = 'interleaved'
+    upsample: str = 'repeat'
+    skip: str = 'sum'
+    dense: bool = False
+    channels: int = 1
+    channel_every: int = 1
+    channel_mlp: float | int = 1.0
+    channel_shared_kv: bool = False
+    channel_shared_mlps: int = 0
+    channel_merge: str = 'softmax'
+    latent_loss: float | int = 0.0
 
 
 class ReflexCache(TransformersCache):
@@ -128,8 +158,8 @@ class ReflexCache(TransformersCache):
     update = crop = reset = activate_past_recording = _no
 
 
-class _Core(GPT):
-    """The GPT, with what its layers compute saved as a tensor: safetensors hold nothing else."""
+class _ExtraStateAsTensor:
+    """What the layers compute is saved as a tensor: safetensors hold nothing else."""
 
     def get_extra_state(self):
         return torch.tensor(list(self.describe().encode('utf-8')), dtype=torch.uint8, device='cpu')
@@ -138,18 +168,30 @@ class _Core(GPT):
         super().set_extra_state(bytes(state.tolist()).decode('utf-8'))
 
 
+class _Core(_ExtraStateAsTensor, GPT):
+    pass
+
+
+class _HierarchyCore(_ExtraStateAsTensor, Hierarchy):
+    pass
+
+
 class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     """A GPT of this project for `generate`, `Trainer`, `from_pretrained`, `save_pretrained`."""
 
     config_class = ReflexConfig
     base_model_prefix = 'gpt'
     _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # noqa: RUF012
-    _no_split_modules = ('_Core',)  # layers read each other's keys and values: they stay on one device
+    _core = _Core
+    _no_split_modules = (
+        '_Core',
+        '_HierarchyCore',
+    )  # layers read each other's keys and values: they stay on one device
     _supports_sdpa = True
 
     def __init__(self, config: ReflexConfig):
         super().__init__(config)
-        self.gpt = _Core(config.gpt_config())
+        self.gpt = self._core(config.gpt_config())
         for module in self.gpt.modules():
             module._is_hf_initialized = not self.gpt.lm_head.weight.is_meta  # GPT has drawn its weights
         self.post_init()
@@ -187,6 +229,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: ReflexCache | None = None,
+        cache: ReflexCache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -196,8 +239,10 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
 
         attention_mask (B, S): 0 for padding, which may stand on either side; position_ids (B, T): by default
         the number of real tokens before. labels (B, T) as input_ids, -100 where none counts. use_cache: None
-        means no cache, as a plain forward pass needs none.
+        means no cache, as a plain forward pass needs none. cache: what transformers from 5.24 on calls
+        past_key_values.
         """
+        past_key_values = past_key_values if cache is None else cache
         for asked in ('output_attentions', 'output_hidden_states', 'inputs_embeds'):
             value = kwargs.pop(asked, None)
             if value is not None and value is not False:
@@ -216,10 +261,10 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
                     f'attention_mask has {attention_mask.dim()} dimensions: give (B, S), 0 for padding'
                 )
             real = attention_mask.bool()
-            if position_ids is None:
-                position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
             if not (real[:, 1:] > real[:, :-1]).any():
                 real = None  # all padding is on the right, where nobody looks
+            elif position_ids is None:
+                position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         if position_ids is not None:
             position_ids = position_ids.expand(-1, T)
         state = past_key_values.state if past_key_values is not None else None
@@ -235,11 +280,18 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; the folder also gets the code, so that it loads where this project is not."""
         own = Path(__file__)
         self.config.auto_map = {
-            'AutoConfig': f'{own.stem}.ReflexConfig',
-            'AutoModelForCausalLM': f'{own.stem}.ReflexForCausalLM',
+            'AutoConfig': f'{own.stem}.{self.config_class.__name__}',
+            'AutoModelForCausalLM': f'{own.stem}.{type(self).__name__}',
         }
         super().save_pretrained(save_directory, **kwargs)
         (Path(save_directory) / own.name).write_text(one_file(own), encoding='utf-8')
+
+
+class HierarchicalForCausalLM(ReflexForCausalLM):
+    """The same of a hierarchy. Padding may stand on the right alone: groups begin at the first token."""
+
+    config_class = HierarchicalConfig
+    _core = _HierarchyCore
 
 
 LeapForCausalLM = ReflexForCausalLM  # the name of the published package

@@ -40,7 +40,7 @@ import checkpoint
 import metrics
 import pretrained
 from configurator import ConfigError, configure, from_dict
-from model import GPTConfig
+from model import GPTConfig, LanguageModel
 from optimizer import make_optimizer
 from sample import document_start, stream_text
 from system import autocast_for, keep_memory, pick_device, pick_dtype
@@ -190,6 +190,10 @@ def model_config(k: Knobs, vocab_size: int, vocab_used: int) -> GPTConfig:
     config_class = checkpoint.MODELS[k.model].config_class
     given = {f.name: getattr(k, f.name) for f in fields(config_class) if hasattr(k, f.name)}
     return config_class(**{**given, 'vocab_size': vocab_size, 'vocab_used': vocab_used})
+
+
+def build(k: Knobs, config: GPTConfig) -> LanguageModel:
+    return checkpoint.MODELS[k.model](config, seed=k.seed)
 
 
 def pretrained_knobs(k: Knobs, given: dict, found: GPTConfig) -> Knobs:
@@ -562,7 +566,7 @@ def train(
     resumed = state is not None
 
     # model and optimizer
-    model = checkpoint.MODELS[k.model](config, seed=k.seed).to(device)
+    model = build(k, config).to(device)
     optimizer = make_optimizer(model, k, device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     it, best_val_loss, seconds, evaluated = 0, math.inf, 0.0, False

@@ -30,12 +30,13 @@ def shared():
 
 
 def random_gpt(config, seed=0, std=0.2):
-    """A GPT whose attention is far from uniform; norms, biases and shares are not at their start either."""
+    """A GPT, or what else the config is of, whose attention is far from uniform; norms, biases and shares
+    are not at their start either."""
     import torch
 
-    from model import GPT
+    from checkpoint import MODELS
 
-    model = GPT(config, seed=seed)
+    model = next(m for m in MODELS.values() if m.config_class is type(config))(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 from conftest import random_gpt
+from hierarchy import HierarchyConfig
 from leap import WINDOWED
 from model import GPT, GPTConfig
 from plans import PLANS
@@ -384,6 +385,67 @@ def test_what_is_no_gpt2_is_not_exported_as_one(change, tmp_path):
     name = next(iter(change))
     with pytest.raises(hf.ExportError, match=f'{name}=.* is not GPT-2'):
         hf.export(make(**{'attention': 'vanilla', **change}), None, tmp_path, as_gpt2=True)
+
+
+HIERARCHIES = {
+    'plain': {},
+    'options': {'compression': 'transformer', 'upsample': 'attention', 'skip': 'interpolate', 'dense': True}
+    | {'channels': 2, 'channel_every': 2, 'attention': 'reflex', 'head_split': '2-2', 'n_layer': 4}
+    | {'position': 'rotary', 'latent_loss': 0.1},
+}
+
+
+@pytest.mark.parametrize('options', HIERARCHIES.values(), ids=HIERARCHIES)
+def test_a_hierarchy_is_exported_like_a_gpt(options, tmp_path):
+    shape = {**asdict(TINY), 'attention': 'vanilla', 'groups': 4, 'latents': '3-1', 'widths': '16-16-32'}
+    model = random_gpt(HierarchyConfig(**{**shape, 'widths': '16-16-32', **options}), std=0.25)
+    hf.export(model, None, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is hf.HierarchicalForCausalLM and loaded.config.vocab_size == 50
+    ids = tokens(2, 30)
+    wanted = model(ids)[0][..., :50]
+    out = loaded(ids, labels=ids)
+    torch.testing.assert_close(out.logits, wanted, rtol=1e-5, atol=1e-5)
+    out.loss.backward()
+    assert all(p.grad is not None for name, p in loaded.named_parameters() if 'predict' not in name)
+    for use_cache in (True, False):
+        found = greedy(loaded, tokens(), use_cache=use_cache)
+        assert torch.equal(found, model.generate(tokens(), 12, temperature=0))
+    beams = [greedy(loaded, tokens(), num_beams=3, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*beams)
+    mask = torch.ones_like(ids)
+    mask[:, 20:] = 0  # on the right
+    masked = loaded(ids, attention_mask=mask).logits
+    torch.testing.assert_close(masked[:, :20], wanted[:, :20], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match='padding goes to the right'):
+        loaded(ids, attention_mask=mask.flip(1))
+    with pytest.raises(hf.ExportError, match='a Hierarchy is not GPT-2'):
+        hf.export(model, None, tmp_path, as_gpt2=True)
+
+
+def test_an_exported_hierarchy_loads_from_its_own_code(tmp_path):
+    shape = {**asdict(TINY), 'attention': 'vanilla', 'groups': 4, 'latents': '3-1', 'widths': '16-16-32'}
+    model = random_gpt(HierarchyConfig(**shape), std=0.25)
+    hf.export(model, None, tmp_path / 'exported')
+    code = (
+        'import sys, transformers\n'
+        "model = transformers.AutoModelForCausalLM.from_pretrained('exported', trust_remote_code=True)\n"
+        "assert 'hierarchy' not in sys.modules\n"
+        'print(type(model).__name__, sum(p.numel() for p in model.parameters()))'
+    )
+    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '1'}
+    command = [sys.executable, '-c', code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    expected = model.num_params(non_embedding=False) - 14 * 16  # padding rows
+    assert run.stdout.split() == ['HierarchicalForCausalLM', str(expected)], run.stderr
+
+
+def test_the_config_of_a_hierarchy_is_hierarchyconfig():
+    ours = {f.name: f.default for f in fields(HierarchyConfig) if f.name != 'vocab_used'}
+    theirs = {f.name: f.default for f in fields(hf.HierarchicalConfig) if f.default is not MISSING}
+    assert {name: theirs.get(name) for name in ours} == ours
+    with pytest.raises(Exception, match='block_size=30'):
+        hf.HierarchicalConfig(n_embd=32, widths='16-16-32', block_size=30, groups=4)
 
 
 TOKENIZERS = [Bytes(), Chars('abcdefghij \n'), train_bpe(['the quick brown fox, Ёжик в тумане ' * 9], 290)]

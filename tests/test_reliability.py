@@ -170,7 +170,7 @@ def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys)
 def test_another_architecture_tokenizer_or_data_set_is_refused(
     tmp_path, data, straight, knobs, line, monkeypatch
 ):
-    monkeypatch.setattr(train, 'GPT', None)  # refused before the model is built
+    monkeypatch.setattr(train, 'build', None)  # refused before the model is built
     if 'dataset' in knobs:
         same = {'seed': 0, 'tokenizer': Chars([chr(i + 33) for i in range(257)])}
         other = {'seed': 1} if knobs['dataset'] == 'other tokens' else same
@@ -251,7 +251,7 @@ def test_the_loss_scaler_resumes(tmp_path, data, monkeypatch):
 
 def test_a_loss_scaler_that_finds_no_scale_stops(tmp_path, data, monkeypatch):
     monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
-    scaler, real = torch.amp.GradScaler, train.GPT
+    scaler, real = torch.amp.GradScaler, train.build
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, init_scale=2.0**-10))
 
     def broken(*args, **kwargs):
@@ -259,7 +259,7 @@ def test_a_loss_scaler_that_finds_no_scale_stops(tmp_path, data, monkeypatch):
         model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient + float('inf'))
         return model
 
-    monkeypatch.setattr(train, 'GPT', broken)
+    monkeypatch.setattr(train, 'build', broken)
     with pytest.raises(train.TrainingError) as error:
         start(tmp_path, data)
     line = str(error.value)  # after four halvings of the scale; it does not skip steps for ever
@@ -613,9 +613,9 @@ def test_a_checkpoint_of_another_tokenizer_is_not_read(tmp_path, straight):
 
 @pytest.mark.parametrize('where', ['output', 'gradient', 'weight', 'inf'])
 def test_a_value_that_is_not_finite_stops_before_the_update(tmp_path, data, straight, where, monkeypatch):
-    built, real = [], train.GPT
+    built, real = [], train.build
     monkeypatch.setattr(
-        train, 'GPT', lambda *args, **kwargs: built.append(real(*args, **kwargs)) or built[-1]
+        train, 'build', lambda *args, **kwargs: built.append(real(*args, **kwargs)) or built[-1]
     )
 
     def poison():
@@ -775,7 +775,7 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch,
 def test_what_cannot_work_is_refused_before_anything_is_built(tmp_path, data, knobs, line, monkeypatch):
     if knobs.get('device') == 'cuda' and torch.cuda.is_available():
         pytest.skip('CUDA is here')
-    monkeypatch.setattr(train, 'GPT', None)
+    monkeypatch.setattr(train, 'build', None)
     monkeypatch.setattr(train, 'open_data', None)
     with pytest.raises(ConfigError) as error:
         start(tmp_path / 'run', data, **knobs)
@@ -784,7 +784,7 @@ def test_what_cannot_work_is_refused_before_anything_is_built(tmp_path, data, kn
 
 
 def test_a_missing_data_set_is_refused_first_with_the_command_that_makes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'GPT', None)
+    monkeypatch.setattr(train, 'build', None)
     with pytest.raises(DataError, match='does not exist: make it with'):
         start(tmp_path / 'run', tmp_path / 'nothing')
 
