@@ -24,13 +24,16 @@ from transformers.utils import can_return_tuple
 
 from model import GPT, GPTConfig
 
+# what transformers calls the cache that goes into forward and comes out of it: renamed in 5.24
+CACHE_NAME = 'cache' if 'cache' in {f.name for f in fields(CausalLMOutputWithPast)} else 'past_key_values'
+
 
 @strict
 class ReflexConfig(PreTrainedConfig):
     """The fields of GPTConfig (model.py), with the same meaning and defaults; all vocab_size ids are real."""
 
     model_type = 'reflex'
-    keys_to_ignore_at_inference = ['past_key_values']  # noqa: RUF012 (transformers adds lists to it)
+    keys_to_ignore_at_inference = [CACHE_NAME]  # noqa: RUF012 (transformers adds lists to it)
     attribute_map = {  # noqa: RUF012 (transformers assigns to it)
         'hidden_size': 'n_embd',
         'num_hidden_layers': 'n_layer',
@@ -190,9 +193,12 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: ReflexCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, T), after the S - T tokens that past_key_values holds -> logits (B, T, vocab_size).
+        """input_ids (B, T), after the S - T tokens that the cache holds -> logits (B, T, vocab_size).
+
+        The cache goes by either name that transformers has for it, cache or past_key_values.
 
         attention_mask (B, S): 0 for padding, which may stand on either side; position_ids (B, T): by default
         the number of real tokens before. labels (B, T) as input_ids, -100 where none counts. use_cache: None
@@ -202,13 +208,14 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
             value = kwargs.pop(asked, None)
             if value is not None and value is not False:
                 raise ValueError(f'{asked} is not offered by {type(self).__name__}')
-        if past_key_values is not None and not isinstance(past_key_values, ReflexCache):
-            raise ValueError(
-                f'past_key_values is a {type(past_key_values).__name__}: give a ReflexCache or None'
-            )
+        if cache is not None and past_key_values is not None:
+            raise ValueError('cache and past_key_values are two names of one thing: give one of them')
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, ReflexCache):
+            raise ValueError(f'the cache is a {type(cache).__name__}: give a ReflexCache or None')
         B, T = input_ids.shape
-        if use_cache and past_key_values is None:
-            past_key_values = ReflexCache(self, B)
+        if use_cache and cache is None:
+            cache = ReflexCache(self, B)
         real = None
         if attention_mask is not None:
             if attention_mask.dim() != 2:
@@ -222,14 +229,14 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
                 real = None  # all padding is on the right, where nobody looks
         if position_ids is not None:
             position_ids = position_ids.expand(-1, T)
-        state = past_key_values.state if past_key_values is not None else None
+        state = cache.state if cache is not None else None
         hidden = self.gpt.hidden(input_ids, state, position_ids, real)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.gpt.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also gets the code, so that it loads where this project is not."""
