@@ -129,7 +129,8 @@ class WindowedAttention(nn.Module):
 class AdditiveAttention(WindowedAttention):
     """Causal Fastformer (Wu et al., 2021, arXiv:2108.09084), per head:
 
-    Q = mean(w_q . q, q); p = Q * k; K = mean(w_k . p, p); y = c_proj(K * v) + q, logits over sqrt(head_size).
+    Q = mean(w_q . q, q); p = Q * k; K = mean(w_k . p, p); y = c_proj(K * v), logits over sqrt(head_size).
+    Fastformer adds q to y; here the residual stream alone goes past. The two have not been compared.
     """
 
     name = 'additive'

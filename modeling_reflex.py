@@ -26,6 +26,9 @@ from transformers.utils import can_return_tuple
 from hierarchy import Hierarchy, HierarchyConfig
 from model import GPT, GPTConfig
 
+# what transformers calls the cache that goes into forward and comes out of it: renamed in 5.24
+CACHE_NAME = 'cache' if 'cache' in {f.name for f in fields(CausalLMOutputWithPast)} else 'past_key_values'
+
 
 @strict
 class ReflexConfig(PreTrainedConfig):
@@ -33,7 +36,7 @@ class ReflexConfig(PreTrainedConfig):
 
     model_type = 'reflex'
     of: ClassVar = GPTConfig
-    keys_to_ignore_at_inference = ['past_key_values', 'cache']  # noqa: RUF012 (transformers adds lists to it)
+    keys_to_ignore_at_inference = [CACHE_NAME]  # noqa: RUF012 (transformers adds lists to it)
     attribute_map = {  # noqa: RUF012 (transformers assigns to it)
         'hidden_size': 'n_embd',
         'num_hidden_layers': 'n_layer',
@@ -183,10 +186,8 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = 'gpt'
     _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # noqa: RUF012
     _core = _Core
-    _no_split_modules = (
-        '_Core',
-        '_HierarchyCore',
-    )  # layers read each other's keys and values: they stay on one device
+    # layers read each other's keys and values: they stay on one device
+    _no_split_modules = ('_Core', '_HierarchyCore')
     _supports_sdpa = True
 
     def __init__(self, config: ReflexConfig):
@@ -229,31 +230,32 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: ReflexCache | None = None,
-        cache: ReflexCache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: ReflexCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, T), after the S - T tokens that past_key_values holds -> logits (B, T, vocab_size).
+        """input_ids (B, T), after the S - T tokens that the cache holds -> logits (B, T, vocab_size).
+
+        The cache goes by either name that transformers has for it, cache or past_key_values.
 
         attention_mask (B, S): 0 for padding, which may stand on either side; position_ids (B, T): by default
         the number of real tokens before. labels (B, T) as input_ids, -100 where none counts. use_cache: None
-        means no cache, as a plain forward pass needs none. cache: what transformers from 5.24 on calls
-        past_key_values.
+        means no cache, as a plain forward pass needs none.
         """
-        past_key_values = past_key_values if cache is None else cache
         for asked in ('output_attentions', 'output_hidden_states', 'inputs_embeds'):
             value = kwargs.pop(asked, None)
             if value is not None and value is not False:
                 raise ValueError(f'{asked} is not offered by {type(self).__name__}')
-        if past_key_values is not None and not isinstance(past_key_values, ReflexCache):
-            raise ValueError(
-                f'past_key_values is a {type(past_key_values).__name__}: give a ReflexCache or None'
-            )
+        if cache is not None and past_key_values is not None:
+            raise ValueError('cache and past_key_values are two names of one thing: give one of them')
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, ReflexCache):
+            raise ValueError(f'the cache is a {type(cache).__name__}: give a ReflexCache or None')
         B, T = input_ids.shape
-        if use_cache and past_key_values is None:
-            past_key_values = ReflexCache(self, B)
+        if use_cache and cache is None:
+            cache = ReflexCache(self, B)
         real = None
         if attention_mask is not None:
             if attention_mask.dim() != 2:
@@ -267,14 +269,14 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
                 position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         if position_ids is not None:
             position_ids = position_ids.expand(-1, T)
-        state = past_key_values.state if past_key_values is not None else None
+        state = cache.state if cache is not None else None
         hidden = self.gpt.hidden(input_ids, state, position_ids, real)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.gpt.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also gets the code, so that it loads where this project is not."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from leap import layer_windows
@@ -305,6 +306,30 @@ def test_state_is_as_small_as_it_says_and_does_not_grow(variant):
         model.hidden(tokens(B=1, T=80), cache)
         if variant.startswith('leap'):
             assert held_bytes(cache) == model.state_bytes(itemsize=2)
+
+
+@pytest.mark.parametrize('variant', ['leap_none', 'leap_rotary', 'additive_odd'])
+def test_a_token_costs_at_32000_what_it_costs_at_1000(variant):
+    """By what is computed, operation by operation with its shapes, not by the clock."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [t for t in (*args, result) if torch.is_tensor(t)]
+            work.append((str(function), [tuple(t.shape) for t in tensors]))
+            return result
+
+    model = model_of(variant).eval()
+    cache = model.new_cache(1)
+    seen = {}
+    with torch.no_grad():
+        for n in (1000, 31000):
+            model.hidden(tokens(B=1, T=n), cache)
+            work = []
+            with Record():
+                model.hidden(tokens(B=1, T=1), cache)
+            seen[cache.length] = work, held_bytes(cache)
+    assert list(seen) == [1001, 32002] and seen[1001] == seen[32002] and len(seen[1001][0]) > 100
 
 
 @pytest.mark.parametrize('attention', ['leap', 'additive'])
