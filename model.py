@@ -267,8 +267,9 @@ def join(pieces):
 class HeadPlanAttention(nn.Module):
     """Causal attention whose heads read keys and values, of this layer or earlier ones, that a plan names.
 
-    One projection, one gather, one scaled-dot-product-attention call, whatever the plan. Publishes
-    (key pieces, value pieces): its produced heads, cut where readers need them; keys normed and rotated.
+    One projection, one gather, one scaled-dot-product-attention call, whatever the plan; a token that is
+    generated gathers nothing, but attends to the pieces where they lie. Publishes (key pieces, value pieces):
+    its produced heads, cut where readers need them; keys normed and rotated.
     """
 
     backward_flops = 2  # of the backward pass, for one of flops_per_token
@@ -330,8 +331,10 @@ class HeadPlanAttention(nn.Module):
         """Attention of one token over the pieces k, v as they lie in the caches: to join them would copy the
         whole cache for every token."""
         q = q.split(self.runs, dim=1)
-        k = [run for piece, cut in zip(k, self.key_runs, strict=True) for run in piece.split(cut, dim=1)]
-        v = [run for piece, cut in zip(v, self.value_runs, strict=True) for run in piece.split(cut, dim=1)]
+        k = [run for piece, sizes in zip(k, self.key_runs, strict=True) for run in piece.split(sizes, dim=1)]
+        v = [
+            run for piece, sizes in zip(v, self.value_runs, strict=True) for run in piece.split(sizes, dim=1)
+        ]
         return join([attend(*run, mask) for run in zip(q, k, v, strict=True)])
 
     def new_cache(self, B, max_len, device, dtype) -> KVCache:
