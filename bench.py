@@ -390,7 +390,7 @@ def bench_tokens(args) -> dict:
     model = GPT(train.model_config(k, args.vocab, args.vocab), seed=1).to(args.device).eval()
     nanogpt = nanogpt_model(k, args).eval()
     weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    nanogpt.load_state_dict(weights, strict=False)
+    nanogpt.load_state_dict(weights)
     idx = torch.zeros(1, 1, dtype=torch.long, device=args.device)
     with autocast_for(args.device, args.dtype):
         prepare(args.arms[0], args)

@@ -66,12 +66,12 @@ def orthogonal(matrix, steps: int = 5):
     x = x / x.norm().clamp(min=1e-7)
     tall = x.size(0) > x.size(1)
     gram = x.mT @ x if tall else x @ x.mT  # (n, n), n = min(M, N)
-    product = None
-    for _ in range(steps):
+    for i in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor
+        product = factor @ product if i else factor
+        if i < steps - 1:
+            gram = factor @ gram @ factor
     return (x @ product if tall else product @ x).type_as(matrix)
 
 
