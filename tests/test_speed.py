@@ -11,7 +11,7 @@ import test_model
 import test_peers
 from configurator import ConfigError
 from model import DROPOUT_BLOCK, GPT, GPTConfig, attend
-from optimizer import Muon, Together, hidden_matrices, make_optimizer, orthogonal
+from optimizer import Muon, Together, hidden_matrices, iterate, iterate_gram, make_optimizer, orthogonal
 from plans import PLANS, HeadPlan
 from runs import assert_same_run, resume, start, write_tokens
 from system import keep_memory
@@ -185,6 +185,13 @@ def test_the_update_is_about_orthogonal(shape):
         assert ((values > 0.6) & (values < 1.25)).all()
         torch.testing.assert_close(u @ torch.diag(values) @ v, orthogonal(matrix), rtol=0, atol=2e-3)
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_the_two_ways_to_iterate_agree():
+    x = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
+    x /= x.norm()
+    torch.testing.assert_close(iterate_gram(x), iterate(x), rtol=1e-4, atol=1e-5)
+    assert (iterate(x.bfloat16()).float() - iterate(x)).norm() < 0.03 * iterate(x).norm()
 
 
 def test_the_quintic_is_torchs():

@@ -1,0 +1,160 @@
+"""bench.py on tiny shapes: every part runs, and what it writes makes sense."""
+
+import json
+import textwrap
+
+import pytest
+import torch
+
+import bench
+from runs import write_tokens
+
+TINY = ['--threads=1', '--compile=false', '--batch=2', '--block=16', '--vocab=64', '--rounds=3', '--steps=1']
+
+
+@pytest.fixture(scope='module')
+def nanogpt(tmp_path_factory):
+    """A folder that has what bench.py uses of a checkout of nanoGPT: its model in terms of ours."""
+    folder = tmp_path_factory.mktemp('nanogpt')
+    source = """
+        from dataclasses import dataclass
+        import torch
+        import model
+
+        @dataclass
+        class GPTConfig:
+            block_size: int
+            vocab_size: int
+            n_layer: int
+            n_head: int
+            n_embd: int
+            dropout: float
+            bias: bool
+
+        class GPT(model.GPT):
+            get_extra_state = torch.nn.Module.get_extra_state  # none: it has weights alone
+            set_extra_state = torch.nn.Module.set_extra_state
+
+            def __init__(self, config):
+                super().__init__(model.GPTConfig(**vars(config)), seed=1)
+
+            def forward(self, idx, targets=None):
+                logits, loss = super().forward(idx)[0], None
+                if targets is not None:
+                    logits = logits.flatten(0, 1)
+                    loss = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+                    logits = logits.view(*idx.shape, -1)
+                return logits, loss
+
+            @torch.no_grad()
+            def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+                for _ in range(max_new_tokens):
+                    idx = torch.cat([idx, self(idx)[0][:, -1:].argmax(-1)], dim=1)
+                return idx
+    """
+    (folder / 'model.py').write_text(textwrap.dedent(source), encoding='utf-8')
+    return folder
+
+
+def run(tmp_path, *argv):
+    threads = torch.get_num_threads()
+    try:
+        bench.main([*argv, *TINY, f'--out={tmp_path / "bench.json"}'])
+    finally:
+        torch.set_num_threads(threads)
+        bench.keep_memory(False)
+    return json.loads((tmp_path / 'bench.json').read_text(encoding='utf-8'))
+
+
+def test_training_and_generation(tmp_path, nanogpt, capsys, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda model: model)  # of nanoGPT at best: a minute
+    arms = ['vanilla', 'reflex_422', 'leap']
+    parts = '--parts=train,generate,tokens'
+    result = run(
+        tmp_path, *arms, parts, '--contexts=8,20', '--tokens=30', '--every=7', f'--nanogpt={nanogpt}'
+    )
+    assert list(result['train']) == [*arms, *bench.NANOGPT]
+    for name, row in result['train'].items():
+        assert len(row['seconds']) == 3 and min(row['seconds']) > 0
+        low, high = row['tokens_per_s']['quartiles']
+        assert 0 < low <= row['tokens_per_s']['median'] <= high
+        assert row['ratio']['median'] == 1 if name == 'vanilla' else row['ratio']['median'] > 0
+    assert list(result['generate']) == [*arms, 'nanoGPT']
+    for name, by_context in result['generate'].items():
+        assert list(by_context) == ['8', '20']
+        for how in by_context.values():
+            assert set(how) == ({'recomputed'} if name == 'nanoGPT' else {'cached', 'recomputed'})
+    tokens = result['tokens']
+    assert tokens['same_tokens'] and tokens['ratio'] == tokens['nanogpt_seconds'] / tokens['seconds'] > 0
+    shape = result['shape']
+    assert (shape['batch_size'], shape['block_size'], shape['vocab_size']) == (2, 16, 64)
+    assert {'commit', 'versions', 'device', 'threads', 'load_before', 'command'} <= result.keys()
+    told = capsys.readouterr().out
+    assert '| reflex_422 |' in told and '| nanoGPT (best) |' in told and '30 greedy tokens, the same' in told
+
+
+def test_other_tokens_are_told():
+    tokens = {'tokens': 5, 'seconds': 1.0, 'nanogpt_seconds': 3.0, 'ratio': 3.0, 'same_tokens': False}
+    assert 'OTHER ones' in bench.markdown({'arms': ['vanilla'], 'tokens': tokens})
+
+
+def test_memory_and_start_are_of_processes_of_their_own(tmp_path):
+    result = run(tmp_path, 'reflex_all', '--parts=alone')
+    for row in result['alone'].values():
+        assert row['peak_bytes'] > 50 * 2**20 and 0.1 < row['first_step_s'] < 200
+    assert 'train' not in result
+
+
+def test_the_race_ends_at_the_target_or_with_the_recipe(tmp_path, nanogpt, monkeypatch):
+    data = write_tokens(tmp_path / 'tokens')
+    config = tmp_path / 'mine.py'
+    recipe = f"dataset = '{data}'\nn_layer = 1\nn_head = 2\nn_embd = 16\nmax_iters = 40\neval_interval = 10\n"
+    config.write_text(
+        recipe + "optimizer = 'muon'\nlearning_rate = 1e-2\nwarmup_iters = 5\n", encoding='utf-8'
+    )
+    monkeypatch.setitem(bench.SIZES, 'cpu', ([], 256, 2))
+    for name, value in {'max_iters': 20, 'eval_interval': 10}.items():
+        monkeypatch.setitem(bench.NANOGPT_RECIPE, name, value)
+    argv = [str(config), '--parts=race', f'--nanogpt={nanogpt}', '--vocab=256']
+    monkeypatch.setattr('test_bench.TINY', [flag for flag in TINY if 'vocab' not in flag])
+    rows = run(tmp_path, *argv, '--target=100')['race']['arms']
+    assert all(row['reached'] and row['steps'] == 10 for row in rows.values())
+    rows = run(tmp_path, *argv, '--target=0')['race']['arms']
+    assert [row['steps'] for row in rows.values()] == [40, 20]
+    for row in rows.values():
+        assert not row['reached'] and [steps for steps, _, _ in row['curve']][-1] == row['steps']
+        assert row['curve'][-1][2] < 5.6  # from log 256
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--parts=training'], "'training' is unknown"),
+        (['--rounds=0'], 'must be at least 1'),
+        (['--nanogpt=.'], 'no model.py'),
+        (['--contexts=a'], 'numbers of tokens'),
+        (['--clock=cpu', '--threads=2'], 'needs --device=cpu --threads=1'),
+    ],
+)
+def test_what_cannot_work_is_one_line(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        bench.arguments(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_arms_take_turns():
+    seen = []
+    seconds = bench.taking_turns(['a', 'b', 'c'], lambda name: seen.append(name) or 1.0, 3)
+    assert seen == list('abcbcacab')
+    assert seconds == {name: [1.0] * 3 for name in 'abc'}
+
+
+def test_mfu_where_the_peak_is_known(monkeypatch):
+    monkeypatch.setattr(bench.metrics, 'peak_flops', lambda device: 1e9)
+    args = bench.arguments(['vanilla', '--parts=train', *TINY])
+    row = bench.bench_training(args)['vanilla']
+    assert row['mfu'] == pytest.approx(row['tokens_per_s']['median'] * row['flops_per_token'] / 1e9)
+    told = bench.markdown({'arms': ['vanilla'], 'train': {'vanilla': row}})
+    assert f'{row["mfu"]:.1%}' in told
+    bench.keep_memory(False)
