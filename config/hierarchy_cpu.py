@@ -1,7 +1,10 @@
 # The hierarchical transformer at about the parameters of vanilla in config/size_cpu.py: groups of 16 tokens.
 # python train.py config/hierarchy_cpu.py config/size_cpu.py --dataset=stdlib
 model = 'hierarchy'
+block_size = 256
 groups = 16
 latents = '4'
 widths = '64-128'
+global_blocks = '0-1'  # none over all tokens, which would be half of the time at a length of 2048
+n_embd = 128
 n_layer = 4
