@@ -413,7 +413,11 @@ def bench_tokens(args) -> dict:
             logits = nanogpt(all_tokens[:, :-1], all_tokens[:, 1:])[0]
         same = bool((logits.argmax(-1) == all_tokens[:, 1:]).all())
     theirs *= args.tokens / len(lengths)
-    counts = {'tokens': args.tokens, 'different_tokens': all_tokens.unique().numel()}
+    counts = {
+        'tokens': args.tokens,
+        'different_tokens': all_tokens.unique().numel(),
+        'block_size': k.block_size,
+    }
     return {**counts, 'seconds': ours, 'nanogpt_seconds': theirs, 'ratio': theirs / ours, 'same_tokens': same}
 
 
@@ -543,7 +547,7 @@ def main(argv: list[str]):
         return run_alone(args.alone, args)
     k = args.knobs[args.arms[0]]
     result = {
-        'command': ' '.join(['python bench.py', *argv]),
+        'command': ' '.join(['python bench.py', *argv]).replace(str(args.nanogpt), 'NANOGPT'),
         'arms': args.arms,
         'size': args.size,
         'shape': {
