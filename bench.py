@@ -32,7 +32,6 @@ import torch
 import metrics
 import train
 from configurator import ConfigError, configure
-from model import GPT
 from optimizer import make_optimizer
 from system import autocast_for, keep_memory, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
@@ -159,7 +158,7 @@ def batches_of(tokens, k, device: str):
 def our_arm(k, args, tokens):
     """(model, optimizer, step): step() trains on one batch of tokens as train.py does, and waits for it."""
     device_type = args.device.split(':')[0]
-    model = GPT(train.model_config(k, args.vocab, args.vocab), seed=k.seed).to(args.device)
+    model = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device)
     optimizer = make_optimizer(model, k, device_type)
     compiled = torch.compile(model) if k.compile else model
     scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == 'float16')
@@ -342,8 +341,8 @@ def bench_generation(args) -> dict:
     long = max(args.contexts) + args.rounds * chunk + 1
     models = {}
     for name in args.arms:
-        config = train.model_config(replace(args.knobs[name], block_size=long), args.vocab, args.vocab)
-        models[name] = GPT(config, seed=1).to(args.device).eval()
+        k = replace(args.knobs[name], block_size=long)
+        models[name] = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device).eval()
     if args.nanogpt:
         models['nanoGPT'] = nanogpt_model(replace(args.knobs[args.arms[0]], block_size=long), args).eval()
     for context in args.contexts:
@@ -387,7 +386,7 @@ def bench_tokens(args) -> dict:
     """Greedy tokens after a prompt of one, by the baseline with its cache and by nanoGPT with its weights."""
     say(f'tokens: {args.tokens} greedy ones')
     k = replace(args.knobs[args.arms[0]], block_size=max(1024, args.tokens))
-    model = GPT(train.model_config(k, args.vocab, args.vocab), seed=1).to(args.device).eval()
+    model = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device).eval()
     nanogpt = nanogpt_model(k, args).eval()
     weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     nanogpt.load_state_dict(weights)
@@ -413,7 +412,11 @@ def bench_tokens(args) -> dict:
             logits = nanogpt(all_tokens[:, :-1], all_tokens[:, 1:])[0]
         same = bool((logits.argmax(-1) == all_tokens[:, 1:]).all())
     theirs *= args.tokens / len(lengths)
-    counts = {'tokens': args.tokens, 'different_tokens': all_tokens.unique().numel()}
+    counts = {
+        'tokens': args.tokens,
+        'different_tokens': all_tokens.unique().numel(),
+        'block_size': k.block_size,
+    }
     return {**counts, 'seconds': ours, 'nanogpt_seconds': theirs, 'ratio': theirs / ours, 'same_tokens': same}
 
 
@@ -543,7 +546,7 @@ def main(argv: list[str]):
         return run_alone(args.alone, args)
     k = args.knobs[args.arms[0]]
     result = {
-        'command': ' '.join(['python bench.py', *argv]),
+        'command': ' '.join(['python bench.py', *argv]).replace(str(args.nanogpt), 'NANOGPT'),
         'arms': args.arms,
         'size': args.size,
         'shape': {

@@ -456,6 +456,11 @@ class Decoder(nn.Module):
             self.ln_q = NORMS[config.norm](own.n_embd, bias=config.bias)
             self.ln_kv = NORMS[config.norm](own.n_embd, bias=config.bias)
             self.attn = CrossAttention(own.n_embd, own)
+        # What comes back joins the stream no larger than a token's embedding at first: what is common to all
+        # latents is learned fastest, and would drown what tells tokens apart; without this, training stays at
+        # the loss of token frequencies for hundreds of steps.
+        self.ln_up = NORMS['rmsnorm'](own.n_embd)
+        nn.init.constant_(self.ln_up.weight, 0.02)
         # the decoder's share is sigmoid(share), for each number of the stream: a half at first
         self.share = nn.Parameter(torch.zeros(own.n_embd)) if config.skip == 'interpolate' else None
         self.stage = Stage(config, i - 1)
@@ -493,6 +498,7 @@ class Decoder(nn.Module):
             state = piece.state_inside(self.attn, x.size(0), self.m)
             queries, source = piece.split(self.ln_q(skip + x)), piece.split(self.ln_kv(x))
             x = x + piece.join(self.attn(queries, source, piece.inside(self.i - 1), state))
+        x = self.ln_up(x)
         x = x + skip if self.share is None else torch.lerp(skip, x, self.share.sigmoid().type_as(x))
         return self.stage(x, piece)
 

@@ -8,3 +8,4 @@ widths = '64-128'
 global_blocks = '0-1'  # none over all tokens, which would be half of the time at a length of 2048
 n_embd = 128
 n_layer = 4
+position = 'rotary'  # learned positions keep it at the loss of token frequencies for hundreds of steps

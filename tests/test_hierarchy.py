@@ -214,6 +214,8 @@ def reference(model, idx):
                 decoder.attn, queries, source, lambda at: [(at[0], j) for j in range(at[1] + 1)], n_head
             )
             x = {at: a + y[at] for at, a in x.items()}
+        x = {at: a / (a.square().mean(-1, keepdim=True) + 1e-5).sqrt() for at, a in x.items()}
+        x = {at: a * decoder.ln_up.weight for at, a in x.items()}
         if c.skip == 'interpolate':
             share = torch.sigmoid(decoder.share)
             x = {at: share * a + (1 - share) * skip[at] for at, a in x.items()}
