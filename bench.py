@@ -4,8 +4,10 @@
     python bench.py vanilla leap config/mine.py --size=512/256
     python bench.py vanilla --nanogpt=../nanoGPT                 # and a checkout of nanoGPT, in the same run
     python bench.py vanilla --parts=tokens --nanogpt=../nanoGPT  # 1,000 greedy tokens against nanoGPT's
+    python bench.py vanilla hierarchy_cpu --block=2048 --batch=2 --groups=128 --parts=train
 
-An arm is a config file, by its path or by its name in config/; the first one is the baseline. Arms take turns
+An arm is a config file, by its path or by its name in config/; the first one is the baseline. Any
+--knob=value of train.py can be added; it goes to every arm, as do --batch and --block. Arms take turns
 in one process, and a ratio is the median over rounds of what an arm and the baseline did in the same round.
 Memory and start-up are measured in a process of their own, since a process has one peak.
 
@@ -64,7 +66,9 @@ NANOGPT_RECIPE = {
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add('arms', nargs='*', default=['vanilla', 'reflex_422', 'reflex_521', 'reflex_all'])
     add('--size', choices=SIZES, default='cpu', help='shape of model and batch')
@@ -92,7 +96,7 @@ def arguments(argv):
     add('--out', type=Path, help='JSON (default: results/bench/SIZE-DEVICE.json)')
     add('--alone', default='', help=argparse.SUPPRESS)  # run this arm for its memory and start-up, and end
     add('--began', type=float, default=0.0, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args, extra = parser.parse_known_args(argv)
     for name in ('batch', 'block', 'vocab', 'threads', 'tokens'):
         if getattr(args, name) < 0:
             parser.error(f'--{name}={getattr(args, name)}: must not be negative')
@@ -120,7 +124,7 @@ def arguments(argv):
     args.knobs = {}
     for arm in args.arms:
         path = Path(arm) if arm.endswith('.py') else ROOT / 'config' / f'{arm}.py'
-        k = configure(train.Knobs, [str(path), *(str(ROOT / f) for f in files)]).knobs
+        k = configure(train.Knobs, [str(path), *(str(ROOT / f) for f in files), *extra]).knobs
         batch = batch if args.device == 'cpu' else k.batch_size
         sizes = {'batch_size': args.batch or batch, 'block_size': args.block or k.block_size}
         if args.compile != 'auto':
@@ -339,6 +343,7 @@ def bench_generation(args) -> dict:
     """Tokens/s after a context is read, one sequence, with the cache and without."""
     chunk, rows = 8, {}
     long = max(args.contexts) + args.rounds * chunk + 1
+    long = -(-long // 1024) * 1024  # a hierarchy wants whole groups
     models = {}
     for name in args.arms:
         k = replace(args.knobs[name], block_size=long)
