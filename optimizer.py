@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal before it is applied (Jordan et al., 2024), with decoupled decay.
 
     Updates have the root mean square of AdamW's, 0.2 (Liu et al., 2025), so that learning rates compare.
-    torch.optim.Muon computes the same in bf16, which takes 8 times as long on CPUs that have none.
+    torch.optim.Muon computes the same in bf16, which takes 14 times as long on a CPU without it (SPEED.md).
     """
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95, lr_ratio: float = 1.0):
