@@ -1,6 +1,7 @@
 """Run an experiment: every arm and seed through train.py, as a person would, side by side and resumable.
 
     python experiments.py 4 --scale=cpu --seeds=5 --jobs=2   # experiment 4 shrunk for a laptop, two at a time
+    python experiments.py 4 --scale=short --jobs=2           # the same models for a fourteenth of the tokens
     python experiments.py 4 --scale=paper                    # its published size, for a GPU
     python experiments.py 4 peers --scale=cpu --jobs=2       # and the closest published ideas beside them
     python experiments.py leap --scale=cpu --learning_rate=2e-3   # LEAP, additive attention, vanilla
@@ -89,6 +90,16 @@ SCALES = {
         rates=(1e-3, 2e-3, 4e-3),
     ),
 }
+# a first answer in an hour or two: the models of cpu, whose small batches make many steps of 0.6M tokens
+SCALES['short'] = replace(
+    SCALES['cpu'],
+    arguments=[
+        *('config/size_cpu.py', '--device=cpu', '--compile=false', '--batch_size=4'),
+        *('--max_iters=600', '--warmup_iters=30', '--eval_interval=200', '--eval_iters=32'),
+    ],
+    # as many tokens per step as at the other sizes
+    sizes={**SCALES['cpu'].sizes, '512/256': ['--n_embd=96', '--block_size=64', '--batch_size=16']},
+)
 
 
 @dataclass(frozen=True)
@@ -548,7 +559,12 @@ def main(argv: list[str]) -> int:
     option = parser.add_argument
     told = '; '.join(f'{name}: {e.question}' for name, e in EXPERIMENTS.items())
     option('experiments', nargs='+', metavar='EXPERIMENT', help=f'{told}; a config file: an arm of your own')
-    option('--scale', choices=SCALES, required=True, help='paper: as published; cpu: shrunk for a laptop')
+    option(
+        '--scale',
+        choices=SCALES,
+        required=True,
+        help='paper: as published; cpu: on a laptop; short: in an evening',
+    )
     option('--seeds', type=int, default=0, help='how many: 0, 1, … (5)')
     option('--jobs', type=int, default=1, help='runs side by side; if several, with one CPU thread each (1)')
     option('--arms', help='only these, separated by commas')
