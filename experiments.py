@@ -10,7 +10,7 @@
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
 
 The protocol: first each arm gets the same small sweep of learning rates on seeds of its own (1000, …; a
-quarter of the steps; an edge that wins is pushed out). Then all arms train on seeds 0, 1, … with the rate
+quarter of the steps, of short ones half; an edge that wins is pushed out). Then all arms train on seeds 0, 1, … with the rate
 that each has won. One seed is one order of batches and one draw of shared initial values for all arms.
 
 results/<experiment>-<scale>/<arm>/seed<k>/ gets each run's run.json and metrics.jsonl (small: commit them),
@@ -56,6 +56,7 @@ class Scale:
     sizes: dict  # published size -> arguments
     seeds: int = 5
     rates: tuple = (5e-4, 1e-3, 2e-3)  # of the sweep, to begin with
+    sweep: float = 0.25  # of a run's steps
 
 
 SCALES = {
@@ -97,6 +98,7 @@ SCALES['short'] = replace(
         *('config/size_cpu.py', '--device=cpu', '--compile=false', '--batch_size=4'),
         *('--max_iters=600', '--warmup_iters=30', '--eval_interval=200', '--eval_iters=32'),
     ],
+    sweep=0.5,  # after a quarter, all are still at the loss of token frequencies, and luck chooses
     # as many tokens per step as at the other sizes
     sizes={**SCALES['cpu'].sizes, '512/256': ['--n_embd=96', '--block_size=64', '--batch_size=16']},
 )
@@ -379,7 +381,7 @@ class Plan:
 
     def sweep(self, arm: str, rate: float) -> list[Job]:
         """The short runs of one learning rate."""
-        steps = self.args.sweep_iters or max(1, self.steps(arm) // 4)
+        steps = self.args.sweep_iters or max(1, int(self.steps(arm) * self.scale.sweep))
         seeds = range(SWEEP_SEED, SWEEP_SEED + self.args.sweep_seeds)
         return [self.job(f'{self.name}-lr', arm, s, rate, steps, f'{arm}-lr{rate:g}') for s in seeds]
 
@@ -573,7 +575,12 @@ def main(argv: list[str]) -> int:
     )
     option('--learning_rate', type=float, help='for all arms, instead of a sweep')
     option('--sweep_seeds', type=int, default=1, help='seeds per rate of the sweep, from 1000 on (1)')
-    option('--sweep_iters', type=int, default=0, help='steps of a run of the sweep (a quarter of max_iters)')
+    option(
+        '--sweep_iters',
+        type=int,
+        default=0,
+        help='steps of a run of the sweep (a quarter of max_iters; short: half)',
+    )
     option('--minutes', type=float, default=0, help='stop in good order after so long (never)')
     option('--keep_checkpoints', action='store_true', help='keep those of finished runs, in out/')
     option('--wandb', action='store_true', help='log to wandb: a group per arm')
