@@ -10,8 +10,9 @@
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
 
 The protocol: first each arm gets the same small sweep of learning rates on seeds of its own (1000, …; a
-quarter of the steps, of short ones half; an edge that wins is pushed out). Then all arms train on seeds 0, 1, … with the rate
-that each has won. One seed is one order of batches and one draw of shared initial values for all arms.
+quarter of the steps, of short ones half; an edge that wins is pushed out). Then all arms train on seeds 0, 1,
+… with the rate that each has won. One seed is one order of batches and one draw of shared initial values for
+all arms.
 
 results/<experiment>-<scale>/<arm>/seed<k>/ gets each run's run.json and metrics.jsonl (small: commit them),
 results/<experiment>-<scale>-lr/ those of the sweep; checkpoints stay in out/ until their run is finished.

@@ -251,6 +251,8 @@ class HierarchyCache(Cache):
     inside the group at hand, until it is finished; and of each decoder level the latents that it brings
     back, projected: (B, K_i to 2 K_i, d_{i-1}) of the last finished group and of the one at hand."""
 
+    rewinds = False
+
     def __init__(self, device, dtype):
         super().__init__([])
         self.device, self.dtype = device, dtype

@@ -53,6 +53,8 @@ class Mean(nn.Module):
 class MeansCache:
     """What a layer carries from token to token: one RunningMean per mean."""
 
+    rewinds = False
+
     def __init__(self, window: int, n: int):
         self.means = [RunningMean(window) for _ in range(n)]
 

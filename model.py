@@ -11,7 +11,8 @@ The boundary that every attention keeps:  y = attention(x, memory, cache)
             memory.real, memory.mask: which tokens of a batch of padded sequences are padding: no attention
             may let them count.
     cache   this layer's state from earlier tokens, made by attention.new_cache(); None without generation.
-            Its select(rows) keeps those sequences of the batch, in that order (beam search).
+            Its select(rows) keeps those sequences of the batch, in that order (beam search). Where it
+            `rewinds`, rewind(n) forgets all tokens but the first n.
     y       (B, T, n_embd), to be added to the residual stream
 
 Which heads read which layer is data (plans.py); additive attention is in leap.py; norms, MLPs and positions
@@ -244,6 +245,8 @@ class HeadLinear(nn.Linear):
 class KVCache:
     """Keys and values of one layer's produced heads, (B, heads, max_len, head_size) each, filled in order."""
 
+    rewinds = True
+
     def __init__(self, B, key_heads, value_heads, max_len, head_size, device, dtype):
         self.k = torch.empty(B, key_heads, max_len, head_size, device=device, dtype=dtype)
         self.v = torch.empty(B, value_heads, max_len, head_size, device=device, dtype=dtype)
@@ -256,6 +259,10 @@ class KVCache:
         self.v[:, :, self.length : end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def rewind(self, length: int):
+        """Forget all tokens but the first `length`."""
+        self.length = length
 
     def select(self, rows):
         """Keep the sequences rows (a LongTensor of batch indices), in that order."""
@@ -560,10 +567,45 @@ class Cache:
         self.layers = layers
         self.length = 0
 
+    @property
+    def rewinds(self) -> bool:
+        return all(layer.rewinds for layer in self.layers)
+
+    def rewind(self, length: int):
+        """Forget all tokens but the first `length`; only where every layer can."""
+        for layer in self.layers:
+            layer.rewind(length)
+        self.length = length
+
     def select(self, rows):
         """Keep the sequences rows (a LongTensor of batch indices), in that order."""
         for layer in self.layers:
             layer.select(rows)
+
+
+class Repeats:
+    """Guesses how a text goes on by what followed when its last tokens stood there before (prompt lookup
+    decoding; Saxena, 2023)."""
+
+    SAME = 3  # tokens that must be alike
+
+    def __init__(self, ids: list[int]):
+        self.ids, self.after = [], {}  # after: SAME tokens -> where the one after them stands
+        for i in ids:
+            self.append(i)
+
+    def append(self, token: int):
+        end = tuple(self.ids[-self.SAME :])
+        self.after[end] = len(self.ids)
+        self.ids.append(token)
+
+    def guess(self, n: int) -> list[int]:
+        """n tokens, or none; what would lie beyond the end of the text is guessed to be one more round."""
+        start = self.after.get(tuple(self.ids[-self.SAME :]))
+        if start is None:
+            return []
+        period = len(self.ids) - start
+        return [self.ids[start + i % period] for i in range(n)]
 
 
 def count(module: nn.Module) -> int:
@@ -675,13 +717,20 @@ class LanguageModel(nn.Module):
         return weight.device, torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None):
+    def stream(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None, lookup=0
+    ):
         """Yield the next token (B, 1), max_new_tokens times, after the prompt idx (B, T >= 1).
 
         temperature 0 is greedy. Ids of padding rows (from vocab_used on) are never drawn. generator: of the
         draws; None is torch's global one. When the context outgrows block_size (if that is its limit), the
         last block_size // 2 tokens are kept and read again: the cost per token stays bounded, and tokens are
         the same with and without the cache.
+
+        lookup: up to so many tokens are guessed from what repeats in the text, and read in one pass together
+        with the last one. Each is still drawn from its own logits, by the same random numbers: a guess saves
+        passes, and changes a token only where rounding decides (bf16: at times). It needs one sequence and a
+        cache that rewinds, and is not made without.
         """
         if idx.size(1) < 1:
             raise ValueError('the prompt is empty: give at least one token, such as the end-of-text token')
@@ -689,17 +738,33 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            context, fresh, cache = idx, idx, None
-            for _ in range(max_new_tokens):
+            context, fresh, cache, made, hope = idx, idx, None, 0, 1
+            repeats = Repeats(idx[0].tolist()) if lookup and use_cache and idx.size(0) == 1 else None
+            while made < max_new_tokens:
                 if context.size(1) > self.context_limit:
                     context = context[:, -max(1, block_size // 2) :]
                     fresh, cache = context, None
                 if use_cache and cache is None:
                     cache = self.new_cache(idx.size(0))
-                logits = self.lm_head(self.hidden(fresh if use_cache else context, cache)[:, -1]).float()
-                token = self.draw(logits, temperature, top_k, generator)  # (B, 1)
-                yield token
-                context, fresh = torch.cat([context, token], dim=1), token
+                read, guess = fresh if use_cache else context, []
+                if repeats and cache.rewinds:
+                    room = min(lookup, max_new_tokens - made - 1, self.context_limit - context.size(1))
+                    guess = repeats.guess(min(hope, room))
+                if guess:
+                    read = torch.cat([read, read.new_tensor([guess])], dim=1)  # (1, fresh tokens and guesses)
+                logits = self.lm_head(self.hidden(read, cache)[:, -1 - len(guess) :]).float()
+                for i in range(len(guess) + 1):
+                    token = self.draw(logits[:, i], temperature, top_k, generator)  # (B, 1)
+                    yield token
+                    context, fresh = torch.cat([context, token], dim=1), token
+                    made += 1
+                    if repeats:
+                        repeats.append(int(token))
+                        if i < len(guess) and int(token) != guess[i]:
+                            break
+                if guess:
+                    hope = 2 * hope if i == len(guess) else max(1, i)  # as many again as came true
+                    cache.rewind(context.size(1) - 1)
         finally:
             self.train(was_training)
 
@@ -714,11 +779,9 @@ class LanguageModel(nn.Module):
             logits = logits.masked_fill(logits < kth, -math.inf)
         return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None):
-        """Prompt (B, T) -> prompt and max_new_tokens more (B, T + max_new_tokens); see `stream`."""
-        return torch.cat(
-            [idx, *self.stream(idx, max_new_tokens, temperature, top_k, use_cache, generator)], dim=1
-        )
+    def generate(self, idx, max_new_tokens, *args, **options):
+        """Prompt (B, T) -> prompt and max_new_tokens more (B, T + max_new_tokens); arguments of `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **options)], dim=1)
 
 
 class GPT(LanguageModel):

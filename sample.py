@@ -34,6 +34,7 @@ class Knobs:
     top_k: int = 200  # draw from the k likeliest tokens only; 0 = from all
     seed: int = 1337  # of the draws: the same seed gives the same text
     use_cache: bool = True  # false: recompute the whole context for every token (same tokens, slow)
+    lookup: int = 32  # tokens to guess at a time where the text repeats itself (same tokens); 0 = none
     device: str = 'auto'  # auto (cuda, mps or cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'  # auto | float32 | bfloat16 | float16
     threads: int = 0  # CPU threads; 0 = torch's choice
@@ -96,7 +97,13 @@ def document_start(state: dict, tokenizer) -> list[int]:
 
 def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
-    for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
+    for name, least in {
+        'num_samples': 1,
+        'max_new_tokens': 1,
+        'temperature': 0,
+        'top_k': 0,
+        'lookup': 0,
+    }.items():
         if getattr(k, name) < least:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least {least}')
     text = read_prompt(k.start)
@@ -121,6 +128,7 @@ def main(argv: list[str]) -> int:
         'temperature': k.temperature,
         'top_k': k.top_k or None,
         'use_cache': k.use_cache,
+        'lookup': k.lookup,
         'generator': torch.Generator(device).manual_seed(k.seed),
         'stop_token': stop_token,
         'stop': stop,

@@ -363,6 +363,7 @@ def test_generation_with_cache_equals_without(option):
     for prompt, n in ((tokens(B=2, T=1), 9), (tokens(B=1, T=17), 12), (tokens(B=1, T=29), 9)):
         cached = model.generate(prompt, n, temperature=0)
         assert torch.equal(cached, model.generate(prompt, n, temperature=0, use_cache=False))
+        assert torch.equal(cached, model.generate(prompt, n, temperature=0, lookup=8))
         assert torch.equal(cached[:, : prompt.size(1)], prompt)
 
 

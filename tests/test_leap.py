@@ -269,6 +269,8 @@ def test_generation_as_a_recurrence_equals_the_parallel_form(variant):
     torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-8, atol=1e-8)
     drawn = model.generate(idx[:, :3], 110, temperature=0)  # beyond block_size: cropped where it has to be
     assert torch.equal(drawn, model.generate(idx[:, :3], 110, temperature=0, use_cache=False))
+    one = model.generate(idx[:1, :3], 110, temperature=0, lookup=8)  # a running mean takes no guess back
+    assert torch.equal(one, drawn[:1])
 
 
 @pytest.mark.parametrize('variant', ['leap_none', 'leap_rotary', 'additive_odd'])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import plans
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Repeats
 from plans import Head, HeadPlan
 
 SMALL = {'block_size': 16, 'vocab_size': 64, 'n_layer': 6, 'n_head': 8, 'n_embd': 32}
@@ -193,6 +193,56 @@ def test_generation_with_cache_equals_without(variant):
         assert torch.equal(cached, model.generate(prompt, 40, temperature=0, use_cache=False))
         assert cached.shape == (prompt.size(0), prompt.size(1) + 40)
         assert torch.equal(cached[:, : prompt.size(1)], prompt)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_guesses_change_no_token_and_save_passes(variant):
+    """Greedy and drawn, over crops of the context, for texts that repeat themselves and for others."""
+    model = GPT(config(variant), seed=2).double()
+    passes = []
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+
+    def generate(prompt, temperature, **options):
+        passes.clear()
+        generator = torch.Generator().manual_seed(3)
+        return model.generate(prompt, 60, temperature, generator=generator, **options), len(passes)
+
+    saved = set()
+    for prompt in (tokens(B=1, T=1), tokens(B=1, T=5).repeat(1, 3), tokens(B=1, T=21)):
+        for temperature in (0, 0.01, 1.0):
+            wanted, most = generate(prompt, temperature)
+            assert most == 60
+            for lookup in (1, 4, 100):
+                drawn, n = generate(prompt, temperature, lookup=lookup)
+                assert torch.equal(drawn, wanted)
+                assert n <= most
+                saved.add(most - n)
+    assert max(saved) > 20
+    several = tokens(B=2, T=3)
+    assert torch.equal(generate(several, 0, lookup=4)[0], generate(several, 0)[0])
+
+
+def test_what_is_guessed_is_what_came_next_the_last_time():
+    repeats = Repeats([1, 2, 3, 4, 5, 1, 2, 3, 6, 1, 2, 3])
+    assert repeats.guess(0) == []
+    assert repeats.guess(3) == [6, 1, 2]
+    assert repeats.guess(6) == [6, 1, 2, 3, 6, 1]  # beyond the end: once more around
+    repeats.append(9)
+    assert repeats.guess(3) == []  # 2, 3, 9 is new
+    assert Repeats([7, 7, 7, 7]).guess(4) == [7, 7, 7, 7]
+    assert Repeats([7]).guess(4) == Repeats([7, 7]).guess(4) == []
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_cache_forgets_what_it_is_told_to(variant):
+    model = GPT(config(variant), seed=2).double().eval()
+    idx, other = tokens(), tokens(1)
+    cache = model.new_cache(2)
+    model.hidden(idx[:, :5], cache)
+    model.hidden(other[:, :7], cache)
+    cache.rewind(5)
+    after = model.lm_head(model.hidden(idx[:, 5:], cache))
+    torch.testing.assert_close(after, model(idx)[0][:, 5:], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

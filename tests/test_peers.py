@@ -143,6 +143,7 @@ def test_cached_passes_equal_the_full_pass(variant, position):
     prompt = tokens(B=1, T=3)
     greedy = model.generate(prompt, 30, temperature=0)
     assert torch.equal(greedy, model.generate(prompt, 30, temperature=0, use_cache=False))
+    assert torch.equal(greedy, model.generate(prompt, 30, temperature=0, lookup=8))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
