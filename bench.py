@@ -33,6 +33,7 @@ import torch
 
 import metrics
 import train
+from checkpoint import CheckpointError, load_model
 from configurator import ConfigError, configure
 from optimizer import make_optimizer
 from system import autocast_for, keep_memory, pick_device, pick_dtype
@@ -49,6 +50,7 @@ SIZES = {
     '768/1024': ([], 50304, 1),
     'shakespeare': (['config/shakespeare_char_cpu.py'], 128, 12),
 }
+LOOKUP = 64  # tokens guessed at a time
 PARTS = ('train', 'alone', 'generate', 'tokens', 'race')
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 # the CPU recipe of nanoGPT's README, where it differs from train.Knobs
@@ -81,6 +83,7 @@ def arguments(argv):
     add('--steps', type=int, default=2, help='training steps per turn')
     add('--contexts', default='256,1024,4096', help='tokens before the generated ones')
     add('--tokens', type=int, default=1000, help='greedy tokens that are generated against nanoGPT')
+    add('--weights', type=Path, help='out_dir of a run of vanilla: of these tokens (default: random weights)')
     add('--every', type=int, default=20, help='of these, nanoGPT makes one in so many, which counts for all')
     add('--compile', choices=('auto', 'true', 'false'), default='auto', help='auto = as configured')
     add('--device', default='auto')
@@ -195,11 +198,12 @@ def load_nanogpt(folder: Path):
     return module
 
 
-def nanogpt_model(k, args):
+def nanogpt_model(k, args, vocab: int = 0):
+    """nanoGPT's in the shape of k, knobs or a config."""
     module = load_nanogpt(args.nanogpt)
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')
     shape = {name: getattr(k, name) for name in names}
-    return module.GPT(module.GPTConfig(**shape, vocab_size=args.vocab)).to(args.device)
+    return module.GPT(module.GPTConfig(**shape, vocab_size=vocab or args.vocab)).to(args.device)
 
 
 def nanogpt_arm(k, args, tokens, best: bool = False):
@@ -388,41 +392,57 @@ def bench_generation(args) -> dict:
 
 
 def bench_tokens(args) -> dict:
-    """Greedy tokens after a prompt of one, by the baseline with its cache and by nanoGPT with its weights."""
+    """Greedy tokens after a prompt of one, by the baseline with its cache, then with guesses too, and by
+    nanoGPT with the same weights: random ones, or those of a run."""
     say(f'tokens: {args.tokens} greedy ones')
-    k = replace(args.knobs[args.arms[0]], block_size=max(1024, args.tokens))
-    model = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device).eval()
-    nanogpt = nanogpt_model(k, args).eval()
+    if args.weights:
+        model, _ = load_model(args.weights, device=args.device)
+    else:
+        k = replace(args.knobs[args.arms[0]], block_size=max(1024, args.tokens))
+        model = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device).eval()
+    c = model.config
+    nanogpt = nanogpt_model(c, args, c.vocab_size).eval()
     weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    nanogpt.load_state_dict(weights)
+    try:
+        nanogpt.load_state_dict(weights)
+    except RuntimeError:
+        raise ConfigError(f'--weights={args.weights}: nanoGPT has no such model, {model.summary()}') from None
+    n = min(args.tokens, c.block_size)
     idx = torch.zeros(1, 1, dtype=torch.long, device=args.device)
     with autocast_for(args.device, args.dtype):
         prepare(args.arms[0], args)
-        model.generate(idx, 20, 0)
-        began = args.clock()
-        all_tokens = model.generate(idx, args.tokens, 0)
-        synchronize(args.device)
-        ours = args.clock() - began
+        seconds, drawn = {}, {}
+        for lookup in (0, LOOKUP):
+            model.generate(idx, 20, 0, lookup=lookup)
+            began = args.clock()
+            drawn[lookup] = model.generate(idx, n, 0, lookup=lookup)
+            synchronize(args.device)
+            seconds[lookup] = args.clock() - began
         prepare(NANOGPT[0], args)
-        lengths = range(1 + args.every // 2, args.tokens + 1, args.every)  # the middle one of each so many
+        lengths = range(1 + args.every // 2, n + 1, args.every)  # the middle one of each so many
         theirs = 0.0
         for length in lengths:
-            context = all_tokens[:, :length]
+            context = drawn[0][:, :length]
             began = args.clock()
             nanogpt.generate(context, 1, top_k=1)
             synchronize(args.device)
             theirs += args.clock() - began
         # what it would have drawn, everywhere: the first difference would show
         with torch.no_grad():
-            logits = nanogpt(all_tokens[:, :-1], all_tokens[:, 1:])[0]
-        same = bool((logits.argmax(-1) == all_tokens[:, 1:]).all())
-    theirs *= args.tokens / len(lengths)
-    counts = {
-        'tokens': args.tokens,
-        'different_tokens': all_tokens.unique().numel(),
-        'block_size': k.block_size,
+            logits = nanogpt(drawn[0][:, :-1], drawn[0][:, 1:])[0][..., : c.vocab_used or None]
+        same = bool((logits.argmax(-1) == drawn[0][:, 1:]).all()) and torch.equal(*drawn.values())
+    theirs *= n / len(lengths)
+    return {
+        'tokens': n,
+        'different_tokens': drawn[0].unique().numel(),
+        'block_size': c.block_size,
+        'seconds': seconds[0],
+        'lookup_seconds': seconds[LOOKUP],
+        'nanogpt_seconds': theirs,
+        'ratio': theirs / seconds[0],
+        'lookup_ratio': theirs / seconds[LOOKUP],
+        'same_tokens': same,
     }
-    return {**counts, 'seconds': ours, 'nanogpt_seconds': theirs, 'ratio': theirs / ours, 'same_tokens': same}
 
 
 def bench_race(args) -> dict:
@@ -528,7 +548,8 @@ def markdown(result: dict) -> str:
         same = 'the same' if t['same_tokens'] else 'OTHER'
         parts.append(
             f'{t["tokens"]:,} greedy tokens, {same} ones: {t["seconds"]:.2f} s with the cache, '
-            f'{t["nanogpt_seconds"]:.1f} s by nanoGPT, {t["ratio"]:.1f} times as long'
+            f'{t["lookup_seconds"]:.2f} s with guesses; {t["nanogpt_seconds"]:.1f} s by nanoGPT, '
+            f'{t["ratio"]:.1f} and {t["lookup_ratio"]:.1f} times as long'
         )
     return '\n\n'.join(parts)
 
@@ -594,5 +615,5 @@ def main(argv: list[str]):
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError) as e:
+    except (ConfigError, DataError, CheckpointError) as e:
         sys.exit(f'bench.py: {e}')

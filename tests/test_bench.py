@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import bench
+import train
+from configurator import ConfigError
 from runs import write_tokens
 
 TINY = ['--threads=1', '--compile=false', '--batch=2', '--block=16', '--vocab=64', '--rounds=3', '--steps=1']
@@ -86,6 +88,7 @@ def test_training_and_generation(tmp_path, nanogpt, capsys, monkeypatch):
             assert set(how) == ({'recomputed'} if name == 'nanoGPT' else {'cached', 'recomputed'})
     tokens = result['tokens']
     assert tokens['same_tokens'] and tokens['ratio'] == tokens['nanogpt_seconds'] / tokens['seconds'] > 0
+    assert tokens['lookup_ratio'] == tokens['nanogpt_seconds'] / tokens['lookup_seconds'] > 0
     shape = result['shape']
     assert (shape['batch_size'], shape['block_size'], shape['vocab_size']) == (2, 16, 64)
     assert {'commit', 'versions', 'device', 'threads', 'load_before', 'command'} <= result.keys()
@@ -94,8 +97,33 @@ def test_training_and_generation(tmp_path, nanogpt, capsys, monkeypatch):
 
 
 def test_other_tokens_are_told():
-    tokens = {'tokens': 5, 'seconds': 1.0, 'nanogpt_seconds': 3.0, 'ratio': 3.0, 'same_tokens': False}
+    times = {'seconds': 1.0, 'lookup_seconds': 0.5, 'nanogpt_seconds': 3.0, 'ratio': 3.0, 'lookup_ratio': 6.0}
+    tokens = {'tokens': 5, **times, 'same_tokens': False}
     assert 'OTHER ones' in bench.markdown({'arms': ['vanilla'], 'tokens': tokens})
+
+
+def test_tokens_of_trained_weights(tmp_path, nanogpt):
+    """A text that repeats itself; and a model that nanoGPT does not have."""
+    flags = ['--dataset=' + str(write_tokens(tmp_path / 'tokens')), '--max_iters=1', '--eval_iters=1']
+    flags += [
+        '--n_layer=1',
+        '--n_head=2',
+        '--n_embd=16',
+        '--block_size=64',
+        '--device=cpu',
+        '--compile=false',
+    ]
+    argv = ['vanilla', '--parts=tokens', '--every=7', f'--nanogpt={nanogpt}']
+    for attention in ('vanilla', 'reflex_all'):
+        out = tmp_path / attention
+        layers = ['--n_layer=2'] if attention == 'reflex_all' else []
+        train.main([*flags, *layers, f'--attention={attention}', f'--out_dir={out}', '--batch_size=2'])
+        if attention == 'vanilla':
+            tokens = run(tmp_path, *argv, f'--weights={out}')['tokens']
+            assert tokens['tokens'] == tokens['block_size'] == 64 and tokens['same_tokens']
+        else:
+            with pytest.raises(ConfigError, match='nanoGPT has no such model'):
+                run(tmp_path, *argv, f'--weights={out}')
 
 
 def test_memory_and_start_are_of_processes_of_their_own(tmp_path):
