@@ -90,8 +90,8 @@ SCALES = {
         rates=(1e-3, 2e-3, 4e-3),
     ),
 }
-# a first answer in an hour or two: the models of cpu, but small batches, to make many steps of 0.5M tokens, and
-# Muon: AdamW is at 6.1 to 6.3 nats by then, where luck in leaving the token frequencies (6.9) is what differs
+# A first answer in an hour or two: the models of cpu, but small batches, to make many steps of 0.5M tokens,
+# and Muon: in that time AdamW but leaves the loss of token frequencies (6.9), and when is luck of the seed.
 SCALES['short'] = replace(
     SCALES['cpu'],
     arguments=[
