@@ -97,13 +97,8 @@ def document_start(state: dict, tokenizer) -> list[int]:
 
 def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
-    for name, least in {
-        'num_samples': 1,
-        'max_new_tokens': 1,
-        'temperature': 0,
-        'top_k': 0,
-        'lookup': 0,
-    }.items():
+    positive = {'num_samples': 1, 'max_new_tokens': 1}
+    for name, least in (positive | dict.fromkeys(('temperature', 'top_k', 'lookup'), 0)).items():
         if getattr(k, name) < least:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least {least}')
     text = read_prompt(k.start)
