@@ -739,15 +739,17 @@ class LanguageModel(nn.Module):
         self.eval()
         try:
             context, fresh, cache, made, hope = idx, idx, None, 0, 1
-            repeats = Repeats(idx[0].tolist()) if lookup and use_cache and idx.size(0) == 1 else None
+            repeats = None
             while made < max_new_tokens:
                 if context.size(1) > self.context_limit:
                     context = context[:, -max(1, block_size // 2) :]
                     fresh, cache = context, None
                 if use_cache and cache is None:
                     cache = self.new_cache(idx.size(0))
+                    if lookup and repeats is None and cache.rewinds and idx.size(0) == 1:
+                        repeats = Repeats(idx[0].tolist())
                 read, guess = fresh if use_cache else context, []
-                if repeats and cache.rewinds:
+                if repeats:
                     room = min(lookup, max_new_tokens - made - 1, self.context_limit - context.size(1))
                     guess = repeats.guess(min(hope, room))
                 if guess:
@@ -759,8 +761,8 @@ class LanguageModel(nn.Module):
                     context, fresh = torch.cat([context, token], dim=1), token
                     made += 1
                     if repeats:
-                        repeats.append(int(token))
-                        if i < len(guess) and int(token) != guess[i]:
+                        repeats.append(drawn := int(token))
+                        if i < len(guess) and drawn != guess[i]:
                             break
                 if guess:
                     hope = 2 * hope if i == len(guess) else max(1, i)  # as many again as came true
