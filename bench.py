@@ -96,7 +96,7 @@ def arguments(argv):
     )
     add('--threads', type=int, default=0, help="CPU threads; 0 = torch's choice")
     add('--nanogpt', type=Path, help='a checkout of nanoGPT')
-    add('--out', type=Path, help='JSON (default: results/bench/SIZE-DEVICE.json)')
+    add('--out', type=Path, help='JSON (default: out/bench/SIZE-DEVICE.json)')
     add('--alone', default='', help=argparse.SUPPRESS)  # run this arm for its memory and start-up, and end
     add('--began', type=float, default=0.0, help=argparse.SUPPRESS)
     args, extra = parser.parse_known_args(argv)
@@ -136,9 +136,7 @@ def arguments(argv):
         train.check(args.knobs[path.stem])
     args.arms = list(args.knobs)
     args.vocab = args.vocab or vocab
-    args.out = (
-        args.out or ROOT / 'results' / 'bench' / f'{args.size.replace("/", "-")}-{args.device[:4]}.json'
-    )
+    args.out = args.out or ROOT / 'out' / 'bench' / f'{args.size.replace("/", "-")}-{args.device[:4]}.json'
     return args
 
 
@@ -590,6 +588,7 @@ def main(argv: list[str]):
         'cores': os.cpu_count(),
         'load_before': os.getloadavg() if hasattr(os, 'getloadavg') else None,
         'commit': metrics.commit(),
+        'nanogpt_commit': args.nanogpt and metrics.commit(args.nanogpt),
         'versions': metrics.versions(),
     }
     measures = {

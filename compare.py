@@ -16,6 +16,7 @@ Holm's correction over the arms. Unfinished and failed runs are named and never 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -96,6 +97,9 @@ def read_run(folder: Path, arm: str) -> Run:
         records = read_jsonl(folder / METRICS)
         config, status = run['config'], run['status']
         seed, last, total = config['seed'], max((r['iter'] for r in records), default=0), config['max_iters']
+        # what a comparison cannot do without
+        _ = [config[name] for name in ('eval_iters', 'batch_size', 'block_size')]
+        per_step, _ = run['tokens_per_step'], run['model']['flops_per_token']
     except (OSError, ValueError, KeyError, TypeError) as e:
         number = re.fullmatch(r'seed(\d+)', folder.name)
         reason = f'its files cannot be read ({type(e).__name__}: {e})'
@@ -114,7 +118,7 @@ def read_run(folder: Path, arm: str) -> Run:
     elif evals[-1]['val/loss'] is None:
         state = f'the validation loss is not a number at step {total}'
     evals = [r for r in evals if r['val/loss'] is not None and r['train/loss'] is not None]
-    evals = [{**r, 'tokens': r['iter'] * run['tokens_per_step']} for r in evals]
+    evals = [{**r, 'tokens': r['iter'] * per_step} for r in evals]
     return Run(
         folder,
         arm,
@@ -156,9 +160,9 @@ def find_runs(arguments: list[str]) -> list[Run]:
     for run in loose:
         key = json.dumps(what_is_learned(run.run['config']), sort_keys=True) if run.run else run.folder
         alike.setdefault(key, []).append(run)
-    for runs in alike.values():
-        name = runs[0].arm if len(runs) == 1 else re.sub(r'[-_.]*(seed|s)?\d+$', '', runs[0].arm)
-        found += [replace(r, arm=name or runs[0].arm) for r in runs]
+    names = [_in_common(runs) for runs in alike.values()]
+    for name, runs in zip(names, alike.values(), strict=True):
+        found += [replace(r, arm=name if names.count(name) == 1 else runs[0].arm) for r in runs]
     # the same arm in two experiments: the experiment's name tells them apart
     if not named and len({(r.arm, r.seed) for r in found}) < len(found) and len(set(roots.values())) > 1:
         found = [replace(r, arm=f'{roots[r.folder].name}/{r.arm}') for r in found]
@@ -171,6 +175,13 @@ def find_runs(arguments: list[str]) -> list[Run]:
             )
         seen[run.arm, run.seed] = run.folder
     return found
+
+
+def _in_common(runs: list[Run]) -> str:
+    """What the folders of runs that differ only in the seed are called but for it: a-s1 and a-s2 are a."""
+    names = {re.sub(rf'[-_.]*(seed|s)?{r.seed}$', '', r.arm) if len(runs) > 1 else r.arm for r in runs}
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return re.sub(r'[-_.]+(seed|s)?$', '', ''.join(letters[0] for letters in same)) or runs[0].arm
 
 
 def _natural(path: Path):
@@ -371,24 +382,27 @@ def cautions(arms: list[Arm], base: Arm | None):
                 yield f'{arm.name} has {name}={a}, {base.name} {b}: it has seen other data, or another amount'
         # seed by seed: an experiment that went on on another machine may still have whole pairs on each
         ours, theirs = ({r.seed: surroundings(r) for r in x.finished} for x in (arm, base))
-        for name in ('device', 'dtype', 'compile', 'threads', 'torch'):
+        for name in ('device', 'ranks', 'dtype', 'compile', 'threads', 'torch', 'commit'):
             pairs = {seed: (ours[seed][name], theirs[seed][name]) for seed in ours if seed in theirs}
             apart = {seed: pair for seed, pair in pairs.items() if pair[0] != pair[1]}
             if apart:
                 seeds, (a, b) = ', '.join(map(str, apart)), next(iter(apart.values()))
+                told = f'{arm.name} ran with {name} {a}, {base.name} with {b} (seeds {seeds}): '
+                if name == 'commit':
+                    yield told + 'comparable only if nothing in between changes what either computes'
+                    continue
                 what = 'losses and speeds' if name in ('dtype', 'torch') else 'speeds'
-                yield (
-                    f'{arm.name} ran with {name} {a}, {base.name} with {b} (seeds {seeds}): '
-                    f'their {what} cannot be compared'
-                )
+                yield told + f'their {what} cannot be compared'
 
 
 def surroundings(run: Run) -> dict:
-    """What a run's speed depends on beside the model."""
+    """What a run's results depend on beside its knobs."""
     device = run.run.get('device') or {}
     return {
         'device': device.get('name'),
+        'ranks': device.get('ranks'),
         'dtype': device.get('dtype'),
+        'commit': str(run.run.get('commit'))[:10],
         'threads': run.run.get('threads'),
         'compile': run.config.get('compile'),
         'torch': (run.run.get('versions') or {}).get('torch'),

@@ -16,7 +16,7 @@ that each has won. One seed is one order of batches and one draw of shared initi
 results/<experiment>-<scale>/<arm>/seed<k>/ gets each run's run.json and metrics.jsonl (small: commit them),
 results/<experiment>-<scale>-lr/ those of the sweep; checkpoints stay in out/ until their run is finished.
 Stop at any time: the same command goes on where it was, and never repeats a finished run. Any --knob=value of
-train.py can be added; it goes to every run.
+train.py can be added, but for seed, out_dir and init_from; it goes to every run.
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ EXPERIMENTS = {
     ),
 }
 SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's
+# Arguments that change neither the runs nor their speed: not in the command that is kept with the results
+OWN = {'experiments', 'minutes', 'keep_checkpoints', 'wandb', 'status', 'results', 'work'}
 
 
 # -----------------------------------------------------------------------------
@@ -453,13 +455,16 @@ class Plan:
 
         def per_step(arm):
             """Steps of the baseline that one step of the arm costs."""
+            own, base = (arms[name] for name in (arm, self.baseline))
+            tokens = own.one.run['tokens_per_step'] / base.one.run['tokens_per_step']
             if self.args.equal == 'flops':
-                of = [arms[name].one.run['model']['flops_per_token'] for name in (arm, self.baseline)]
-                return of[0] / of[1]
-            own, base = (arms[name].by_seed('tokens_per_s') for name in (arm, self.baseline))
-            return statistics.geometric_mean([base[s] / own[s] for s in own.keys() & base.keys()])
+                flops = [a.one.run['model']['flops_per_token'] for a in (own, base)]
+                return tokens * flops[0] / flops[1]
+            own, base = own.by_seed('tokens_per_s'), base.by_seed('tokens_per_s')
+            return tokens * statistics.geometric_mean([base[s] / own[s] for s in own.keys() & base.keys()])
 
-        return {arm: round(self.steps(arm) / per_step(arm)) for arm in self.arms if arm != self.baseline}
+        given = arms[self.baseline].one.config['max_iters']
+        return {arm: round(given / per_step(arm)) for arm in self.arms if arm != self.baseline}
 
     def compare_command(self) -> str:
         if self.args.equal == 'steps':
@@ -467,17 +472,29 @@ class Plan:
         return f'python compare.py results/{self.name}/{self.baseline} results/{self.tree} --name={self.tree}'
 
 
-def refuse_other_settings(jobs: list[Job]):
-    """A finished run with other settings is no part of this experiment and must not be taken for one."""
-    for job in jobs:
+def refuse_other_settings(plan: Plan):
+    """A finished run with other settings is no part of this experiment, nor taken for one: not in the
+    sweep, whose losses choose the rates, nor among the headline runs, before a sweep is run for nothing.
+    """
+    jobs, sweep, later = plan.headline(), [], []
+    if not plan.args.learning_rate:
+        sweep = [job for arm in plan.arms for rate in plan.rates(arm) for job in plan.sweep(arm, rate)]
+    if plan.args.equal == 'steps':  # of the arms whose rate is not known yet
+        arms = set(plan.arms) - {job.arm for job in jobs}
+        later = [plan.job(plan.tree, arm, seed, 1e-3) for arm in arms for seed in plan.seeds]
+    for job in [*sweep, *jobs, *later]:
         run = job.done()
         then = from_dict(train.Knobs, run.config, str(job.results / RUN)) if run else job.knobs
         knobs = unlike(asdict(job.knobs), asdict(then))
-        if knobs:
-            told = ', '.join(f'{name}={was!r} (now {now!r})' for name, now, was in knobs)
+        told = [
+            f'{name}={was!r} (now {now!r})'
+            for name, now, was in knobs
+            if not (job in later and name == 'learning_rate')
+        ]
+        if told:
             raise ConfigError(
-                f'{job.results} holds a run with other settings: {told}. Give them as they were, or another '
-                '--name, or delete that folder'
+                f'{job.results} holds a run with other settings: {", ".join(told)}. Give them as they were, '
+                'or another --name, or delete that folder'
             )
 
 
@@ -545,13 +562,11 @@ def run_all(plan: Plan, runner: Runner):
         sweep = [job for arm, rate in pairs for job in plan.sweep(arm, rate) if job not in tried]
         if not sweep:
             break
-        refuse_other_settings(sweep)
         tried.update(sweep)
         runner.run(sweep, later=len(plan.seeds) * sum(map(plan.steps, plan.arms)))
     if not runner.stopped:
-        jobs = plan.headline()
-        refuse_other_settings(jobs)
-        runner.run(jobs)
+        refuse_other_settings(plan)
+        runner.run(plan.headline())
 
 
 def main(argv: list[str]) -> int:
@@ -584,15 +599,21 @@ def main(argv: list[str]) -> int:
     option('--results', type=Path, default=ROOT / 'results', help='folder for the results (results)')
     option('--work', type=Path, default=ROOT / 'out/experiments', help='for checkpoints (out/experiments)')
     args, extra = parser.parse_known_args(argv)
+    if args.jobs < 1:
+        raise ConfigError(f'--jobs={args.jobs}: at least 1')
+    for knob in ('--seed', '--out_dir', '--init_from'):
+        if any(a.partition('=')[0] == knob for a in extra):
+            raise ConfigError(f'{knob} is chosen run by run here: leave it out')
+    unlike_default = {k: v for k, v in vars(args).items() if k not in OWN and v != parser.get_default(k)}
+    command = ['python experiments.py', *args.experiments, *(f'--{k}={v}' for k, v in unlike_default.items())]
     args.results, args.work = args.results.resolve(), args.work.resolve()
 
     plan = Plan(args, extra)
-    jobs = plan.headline()
+    refuse_other_settings(plan)
     if args.status:
-        print(status(plan, jobs))
+        print(status(plan, plan.headline()))
         return 0
     check_data(plan)
-    refuse_other_settings(jobs)
     runner = Runner(args.jobs, args.minutes, args.keep_checkpoints, ['--threads=1'] if args.jobs > 1 else [])
 
     def on_signal(number, frame):
@@ -605,8 +626,7 @@ def main(argv: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    hidden = ('--jobs', '--minutes', '--keep', '--wandb', '--results', '--work')
-    write_readme(plan, 'python experiments.py ' + ' '.join(a for a in argv if not a.startswith(hidden)))
+    write_readme(plan, ' '.join([*command, *extra]))
     print(status(plan, plan.headline()))
     if runner.stopped:
         print(f'stopped ({runner.stopped}); the same command goes on')

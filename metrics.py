@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import torch
 
 from checkpoint import CheckpointError, write_failed, write_text
 
+ROOT = Path(__file__).resolve().parent
 METRICS, RUN = 'metrics.jsonl', 'run.json'
 WANDB_SECONDS = 60  # that wandb gets at the end to send what is left
 
@@ -60,7 +62,7 @@ def peak_flops(device: str) -> float | None:
     if not device.startswith('cuda'):
         return None
     name = device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
 def peak_memory(device: str) -> int | None:
@@ -75,11 +77,10 @@ def peak_memory(device: str) -> int | None:
     return peak if sys.platform == 'darwin' else peak * 1024
 
 
-def commit() -> str:
-    """The checkout's commit, '+changes' if tracked files differ from it; 'unknown' outside of git."""
+def commit(root: Path = ROOT) -> str:
+    """A checkout's commit, '+changes' if tracked files differ from it; 'unknown' outside of git."""
 
     def git(*args):
-        root = Path(__file__).resolve().parent
         return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True, check=True).stdout
 
     try:

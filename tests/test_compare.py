@@ -195,8 +195,9 @@ def test_the_whole_validation_split_is_the_same_whatever_the_block_size(tmp_path
 
 def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     make_run(tree / 'short/seed0', 4.4, 0, last=50, max_iters=50, attention='short')
-    device = {**RUN['device'], 'name': 'a faster processor'}
-    make_run(tree / 'moved/seed0', 4.1, 0, run={'device': device, 'threads': 2}, attention='moved')
+    device = {**RUN['device'], 'name': 'a faster processor', 'ranks': 2}
+    other = {'device': device, 'threads': 2, 'commit': 'fedcba98765432'}
+    make_run(tree / 'moved/seed0', 4.1, 0, run=other, attention='moved')
     make_run(tree / 'mixed/seed0', 4.1, 0, attention='mixed')
     make_run(tree / 'mixed/seed1', 4.1, 1, attention='mixed', dropout=0.1)
     text, _ = report(tree)
@@ -204,6 +205,8 @@ def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     assert 'short has finished seeds 0, vanilla 0, 1, 2, 3, 4' in text
     assert 'moved ran with device a faster processor, vanilla with a processor' in text
     assert 'moved ran with threads 2' in text
+    assert 'moved ran with commit fedcba9876, vanilla with 0123456789 (seeds 0): comparable only if' in text
+    assert 'moved ran with ranks 2' in text
     assert 'mixed: its runs differ in more than the seed (seeds 0 and 1: dropout None and 0.1)' in text
     assert 'not tested' in text, 'one seed is no test'
     assert 'too few for a headline: mixed (2), moved (1), short (1)' in text
@@ -236,6 +239,29 @@ def test_any_output_folders_compare(tmp_path):
         report(tmp_path / 'nowhere')
     with pytest.raises(CompareError, match="no arm 'vanila': there are plain, mine"):
         report(a, b, c, baseline='vanila')
+
+
+def test_folders_named_after_what_they_hold_are_not_taken_for_seeds(tmp_path):
+    for name, attention in (('vanilla', 'vanilla'), ('reflex_422', 'reflex'), ('reflex_521', '5-2-1')):
+        make_run(tmp_path / name, 4.0, 1337, attention=attention)
+        make_run(tmp_path / f'{name}_b2', 4.1, 2, attention=attention)
+    _, page = report(*sorted(tmp_path.iterdir()))
+    assert sorted(arm['name'] for arm in page['arms']) == ['reflex_422', 'reflex_521', 'vanilla']
+    # alike in what they have in common: each keeps a name of its own
+    for seed, lr in ((1, 1e-3), (2, 1e-3), (3, 1e-2), (4, 1e-2)):
+        make_run(tmp_path / f'run-s{seed}', 4.0, seed, learning_rate=lr)
+    text, _ = report(*sorted(tmp_path.glob('run-*')))
+    assert '| run-s1 | 2 |' in text and '| run-s3 | 2 |' in text
+
+
+@pytest.mark.parametrize('missing', ['tokens_per_step', 'model', 'config'])
+def test_a_record_without_what_is_needed_is_told_and_not_counted(tree, missing):
+    path = tree / 'worse/seed3/run.json'
+    run = json.loads(path.read_text(encoding='utf-8'))
+    del run[missing]
+    path.write_text(json.dumps(run), encoding='utf-8')
+    text, _ = report(tree)
+    assert f"worse, seed 3: its files cannot be read (KeyError: '{missing}')" in text
 
 
 def test_arms_of_two_experiments_are_told_apart(tmp_path):

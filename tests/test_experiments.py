@@ -1,6 +1,7 @@
 """experiments.py: its arms are real, its protocol is kept, nothing runs twice. A stand-in trains."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,7 +182,11 @@ def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys
     names = {p.name for p in (tmp_path / 'results').rglob('*') if p.is_file()}
     assert names == {'run.json', 'metrics.jsonl', 'README.md'} and not list((tmp_path / 'work').rglob('*.pt'))
     readme = (tmp_path / 'results/4-cpu/README.md').read_text(encoding='utf-8')
-    assert '| `reflex_all` |' in readme and '0.008: 14.0000' in readme and 'experiments.py 4 --arms' in readme
+    assert '| `reflex_all` |' in readme and '0.008: 14.0000' in readme
+    command = (
+        'python experiments.py 4 --scale=cpu --seeds=2 --jobs=3 --arms=vanilla,reflex_all --max_iters=12'
+    )
+    assert f'\n{command}\n' in readme
     assert str(tmp_path) not in readme
     told = capsys.readouterr().out
     assert 'vanilla seed1: validation loss 4.0100' in told and 'compare.py results/4-cpu' in told
@@ -208,6 +213,20 @@ def test_equal_seconds_and_flops_go_by_the_runs_of_equal_steps(lab, tmp_path):
         assert lab(*common, '--jobs=4', f'--equal={equal}') == 0
         runs = compare.find_runs([str(tmp_path / f'results/4-cpu-{equal}')])
         assert {(r.arm, r.config['max_iters']) for r in runs} == {('cla', 24)}
+
+
+@pytest.mark.parametrize('equal', ['seconds', 'flops'])
+def test_an_arm_with_larger_steps_gets_fewer_of_them(lab, tmp_path, equal):
+    common = ('4', 'peers', '--arms=vanilla,cla', '--learning_rate=2e-3', '--seeds=2')
+    assert lab(*common, '--jobs=4') == 0
+    for path in tmp_path.glob('results/4-cpu/cla/*/run.json'):
+        run = json.loads(path.read_text(encoding='utf-8'))
+        run['tokens_per_step'] *= 4
+        path.write_text(json.dumps(run), encoding='utf-8')
+    plan = experiments.Plan(
+        parse(*common, '--scale=cpu', f'--equal={equal}', f'--results={tmp_path / "results"}'), []
+    )
+    assert plan.equal_steps() == {'cla': 6}
 
 
 def test_a_run_that_diverges_is_a_result_and_one_that_crashes_is_not(lab, tmp_path, capsys):
@@ -288,8 +307,24 @@ def test_other_settings_are_refused(lab, tmp_path):
     assert lab(*common) == 0
     with pytest.raises(ConfigError, match=r'weight_decay=0.1 \(now 0.2\)'):
         lab(*common, '--weight_decay=0.2')
+    with pytest.raises(ConfigError, match=r'weight_decay=0.1 \(now 0.2\)'):
+        lab(*common, '--weight_decay=0.2', '--status')
     assert lab(*common, '--weight_decay=0.2', '--name=other') == 0
     assert losses(tmp_path, 'other') == {'vanilla/0': 4.0}
+    # before a sweep is run for nothing
+    before = calls(tmp_path)
+    with pytest.raises(ConfigError, match=r'4-cpu/vanilla/seed0 .* weight_decay=0.1 \(now 0.2\)'):
+        lab('4', '--arms=vanilla', '--seeds=1', '--weight_decay=0.2')
+    assert calls(tmp_path) == before
+
+
+def test_a_finished_sweep_of_other_settings_chooses_no_rate(lab, tmp_path):
+    common = ('4', '--arms=vanilla', '--seeds=1')
+    assert lab(*common) == 0
+    shutil.rmtree(tmp_path / 'results/4-cpu')
+    for other in ('--optimizer=muon', '--sweep_iters=5'):
+        with pytest.raises(ConfigError, match=r'4-cpu-lr/vanilla-lr0\.001/seed1000 holds a run with other'):
+            lab(*common, other)
 
 
 def test_an_arm_of_ones_own(lab, tmp_path):
@@ -311,6 +346,9 @@ def test_status_and_mistakes(lab, tmp_path, capsys):
         (('6',), "no experiment '6': there are 1, 2, 3"),
         (('config/cla.py',), 'in which experiment'),
         (('4', '--learning_rat=1'), 'learning_rate'),
+        (('4', '--jobs=0'), '--jobs=0: at least 1'),
+        (('4', '--seed=7'), '--seed is chosen run by run'),
+        (('4', '--init_from=gpt2'), '--init_from is chosen run by run'),
     ):
         with pytest.raises(ConfigError, match=words):
             lab(*argv)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import metrics
 import test_model
 import test_peers
 from configurator import ConfigError
@@ -48,6 +49,46 @@ def test_attention_in_bf16_is_as_exact_as_torchs(head_size, masked):
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize(
+    'name, peak',
+    [
+        ('NVIDIA H100 80GB HBM3', 989e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA GH200 480GB', 989e12),
+        ('NVIDIA A100-SXM4-80GB', 312e12),
+        ('NVIDIA A10G', 70e12),
+        ('Tesla T4', 65e12),
+        ('NVIDIA RTX A4000', None),
+        ('NVIDIA RTX A1000 Laptop GPU', None),
+        ('NVIDIA T400 4GB', None),
+    ],
+)
+def test_mfu_is_measured_against_the_peak_of_that_very_card(name, peak, monkeypatch):
+    monkeypatch.setattr(metrics, 'device_name', lambda device: name)
+    assert metrics.peak_flops('cuda:0') == peak
+
+
+@pytest.mark.parametrize('attention', ['reflex', 'reflex_all'])
+def test_compiled_and_distributed_is_the_same_step(attention):
+    """As torchrun has it: DDP around the compiled model, cut at several buckets, the loss in chunks."""
+    config = GPTConfig(n_layer=3, n_head=8, n_embd=128, block_size=128, vocab_size=8192, attention=attention)
+    x, y = torch.randint(8192, (2, 8, 128), generator=torch.Generator().manual_seed(0))  # 1,024 tokens each
+    plain, ours = GPT(config, seed=0), GPT(config, seed=0)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = torch.compile(ours, backend='aot_eager')
+        trained = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=1)
+        losses = [model(x, y)[1] for model in (plain, trained)]
+        for loss in losses:
+            loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.compiler.reset()
+    torch.testing.assert_close(losses[0], losses[1])
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f'{n}: {m}')
 
 
 @pytest.mark.parametrize('T', [DROPOUT_BLOCK, DROPOUT_BLOCK + 1, 3 * DROPOUT_BLOCK - 5])
