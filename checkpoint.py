@@ -149,7 +149,7 @@ class Saver:
                 here = next(copies, None)
                 if here is None or here.shape != x.shape or here.dtype != x.dtype:
                     here = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)  # pinned: fast, async
-                used[key] = here.copy_(x.detach(), non_blocking=True)
+                used[key] = here.copy_(x.detach(), non_blocking=x.is_cuda)
             return used[key]
 
         copied = copy(state)

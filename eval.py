@@ -119,14 +119,11 @@ def measure(
         n_bytes, what = len(text.encode('utf-8')) - len(given.encode('utf-8')), k.text
     else:
         folder = data_folder(k.dataset or own_dataset)
-        data = open_data(
-            folder, vocab_size=None if (folder / 'meta.json').exists() else model.config.vocab_size
-        )
+        known = model.config.vocab_used or model.config.vocab_size
+        data = open_data(folder, vocab_size=None if (folder / 'meta.json').exists() else known)
         spec = data.tokenizer_spec
         if spec is None or tokenizer is None:
-            reason = (
-                '' if data.vocab_size == model.config.vocab_used else 'it is not known whose tokens these are'
-            )
+            reason = '' if data.vocab_size == known else 'it is not known whose tokens these are'
         elif spec['fingerprint'] != tokenizer.fingerprint:
             reason = pretrained.difference(from_spec(spec), tokenizer)
         else:

@@ -81,7 +81,13 @@ class HarnessLM(TemplateLM):
             context, asked = request.args
             options = normalize_gen_kwargs(asked, self.max_gen_toks)
             stop = handle_stop_sequences(options.pop('until', None), eos=None)
-            n, temperature = options['max_gen_toks'], options.get('temperature', 0.0)
+            n, sampling = options.pop('max_gen_toks'), {'temperature': 0.0, 'top_k': None, 'top_p': 1.0}
+            options.pop('do_sample', None)  # said by the temperature too
+            sampling |= {name: options.pop(name) for name in sampling.keys() & options.keys()}
+            if options and options != {'num_beams': 1}:
+                raise ValueError(
+                    f'generation with {options} is not offered here: the score would not be theirs'
+                )
             if n >= self.max_length:
                 raise ValueError(
                     f'{n} tokens are asked for, but block_size={self.max_length}: nothing is left to read'
@@ -96,8 +102,7 @@ class HarnessLM(TemplateLM):
                     n,
                     stop_token=self.eot_token_id,
                     stop=stop,
-                    temperature=temperature,
-                    top_k=options.get('top_k'),
+                    **{**sampling, 'top_k': sampling['top_k'] or None},
                 )
                 answers.append(''.join(pieces))
         return answers

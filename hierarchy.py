@@ -431,7 +431,8 @@ class Encoder(nn.Module):
         """(B, groups * K_{i-1}, d_{i-1}) -> (B, groups * K_i, d_i); position: of POSITIONS, of length i"""
         if x.size(1) == 0:
             return x.new_empty(x.size(0), 0, self.width)
-        x, _ = position(self.compress(x, piece), piece.across(self.i))
+        # in the stream's type: autocast leaves another
+        x, _ = position(self.compress(x, piece).type_as(x), piece.across(self.i))
         return self.stage(x, piece)
 
     def flops(self, groups: int) -> int:

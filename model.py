@@ -21,6 +21,7 @@ are classes that a config names (NORMS, MLPS, POSITIONS). Dimensions: B batch, T
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from dataclasses import dataclass, replace
@@ -332,7 +333,7 @@ class HeadPlanAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         # over each head's numbers, one weight for all heads of the layer (as Qwen 3, Gemma 3)
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size) if config.qk_norm and self.n_key else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, memory: Memory, cache: KVCache | None = None):
@@ -583,6 +584,19 @@ class Cache:
             layer.select(rows)
 
 
+@contextlib.contextmanager
+def no_dropout(modules):
+    """In which those of the modules that train do not, for as long as it takes to compute something."""
+    training = [m for m in modules if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Repeats:
     """Guesses how a text goes on by what followed when its last tokens stood there before (prompt lookup
     decoding; Saxena, 2023)."""
@@ -718,14 +732,22 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True, generator=None, lookup=0
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        use_cache=True,
+        generator=None,
+        lookup=0,
+        top_p=1.0,
     ):
         """Yield the next token (B, 1), max_new_tokens times, after the prompt idx (B, T >= 1).
 
         temperature 0 is greedy. Ids of padding rows (from vocab_used on) are never drawn. generator: of the
         draws; None is torch's global one. When the context outgrows block_size (if that is its limit), the
         last block_size // 2 tokens are kept and read again: the cost per token stays bounded, and tokens are
-        the same with and without the cache.
+        the same with and without the cache. top_k, top_p: see draw.
 
         lookup: up to so many tokens are guessed from what repeats in the text, and read in one pass together
         with the last one. Each is still drawn from its own logits, by the same random numbers: a guess saves
@@ -735,43 +757,42 @@ class LanguageModel(nn.Module):
         if idx.size(1) < 1:
             raise ValueError('the prompt is empty: give at least one token, such as the end-of-text token')
         block_size = self.config.block_size
-        was_training = self.training
-        self.eval()
-        try:
-            context, fresh, cache, made, hope = idx, idx, None, 0, 1
-            repeats = None
-            while made < max_new_tokens:
-                if context.size(1) > self.context_limit:
-                    context = context[:, -max(1, block_size // 2) :]
-                    fresh, cache = context, None
-                if use_cache and cache is None:
-                    cache = self.new_cache(idx.size(0))
-                    if lookup and repeats is None and cache.rewinds and idx.size(0) == 1:
-                        repeats = Repeats(idx[0].tolist())
-                read, guess = fresh if use_cache else context, []
+        modules = list(self.modules())
+        context, fresh, cache, made, hope = idx, idx, None, 0, 1
+        repeats = None
+        while made < max_new_tokens:
+            if context.size(1) > self.context_limit:
+                context = context[:, -max(1, block_size // 2) :]
+                fresh, cache = context, None
+            if use_cache and cache is None:
+                cache = self.new_cache(idx.size(0))
+                if lookup and repeats is None and cache.rewinds and idx.size(0) == 1:
+                    repeats = Repeats(idx[0].tolist())
+            read, guess = fresh if use_cache else context, []
+            if repeats:
+                room = min(lookup, max_new_tokens - made - 1, self.context_limit - context.size(1))
+                guess = repeats.guess(min(hope, room))
+            if guess:
+                read = torch.cat([read, read.new_tensor([guess])], dim=1)  # (1, fresh tokens and guesses)
+            with no_dropout(modules):
+                hidden = self.hidden(read, cache)
+            logits = self.lm_head(hidden[:, -1 - len(guess) :]).float()
+            for i in range(len(guess) + 1):
+                token = self.draw(logits[:, i], temperature, top_k, generator, top_p)  # (B, 1)
+                yield token
+                context, fresh = torch.cat([context, token], dim=1), token
+                made += 1
                 if repeats:
-                    room = min(lookup, max_new_tokens - made - 1, self.context_limit - context.size(1))
-                    guess = repeats.guess(min(hope, room))
-                if guess:
-                    read = torch.cat([read, read.new_tensor([guess])], dim=1)  # (1, fresh tokens and guesses)
-                logits = self.lm_head(self.hidden(read, cache)[:, -1 - len(guess) :]).float()
-                for i in range(len(guess) + 1):
-                    token = self.draw(logits[:, i], temperature, top_k, generator)  # (B, 1)
-                    yield token
-                    context, fresh = torch.cat([context, token], dim=1), token
-                    made += 1
-                    if repeats:
-                        repeats.append(drawn := int(token))
-                        if i < len(guess) and drawn != guess[i]:
-                            break
-                if guess:
-                    hope = 2 * hope if i == len(guess) else max(1, i)  # as many again as came true
-                    cache.rewind(context.size(1) - 1)
-        finally:
-            self.train(was_training)
+                    repeats.append(drawn := int(token))
+                    if i < len(guess) and drawn != guess[i]:
+                        break
+            if guess:
+                hope = 2 * hope if i == len(guess) else max(1, i)  # as many again as came true
+                cache.rewind(context.size(1) - 1)
 
-    def draw(self, logits, temperature, top_k, generator=None):
-        """Logits (B, vocab_size) -> one token id per row (B, 1)."""
+    def draw(self, logits, temperature, top_k=None, generator=None, top_p=1.0):
+        """Logits (B, vocab_size) -> one token id per row (B, 1), of the top_k likeliest, and of those the
+        fewest that together have probability top_p."""
         logits = logits[:, : self.config.vocab_used or None]
         if temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
@@ -779,6 +800,10 @@ class LanguageModel(nn.Module):
         if top_k is not None:
             kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
             logits = logits.masked_fill(logits < kth, -math.inf)
+        if top_p < 1:
+            p, order = F.softmax(logits, dim=-1).sort(descending=True)  # (B, vocab_used)
+            out = p.cumsum(-1) - p >= top_p  # those before it suffice
+            logits = logits.masked_fill(out.scatter(1, order, out), -math.inf)
         return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
 
     def generate(self, idx, max_new_tokens, *args, **options):

@@ -32,6 +32,7 @@ class Knobs:
     max_new_tokens: int = 300  # tokens per sample
     temperature: float = 0.8  # below 1: safer, above: wilder; 0 = always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens only; 0 = from all
+    top_p: float = 1.0  # draw from the likeliest ones that together have this probability; 1 = from all
     seed: int = 1337  # of the draws: the same seed gives the same text
     use_cache: bool = True  # false: recompute the whole context for every token (same tokens, slow)
     lookup: int = 32  # tokens to guess at a time where the text repeats itself (same tokens); 0 = none
@@ -48,7 +49,8 @@ def stream_text(
     It ends before the token stop_token and before any of the texts in stop. options as of GPT.stream. A token
     may end inside a character, and a text inside a stop: such a tail is held back until it is known.
     """
-    ids, shown, held = [], '', ''
+    ids = prompt[0, -1:].tolist()  # a tokenizer may drop the space that a text begins with: begin before it
+    shown, held = tokenizer.decode(ids).rstrip('\ufffd'), ''
     for token in model.stream(prompt, max_new_tokens, **options):
         if int(token) == stop_token:
             yield ''
@@ -66,7 +68,8 @@ def stream_text(
         yield held[: len(held) - keep]
         held, shown = held[len(held) - keep :], ready
         if text.endswith('\n'):  # decode line by line, so that the cost per token stays bounded
-            ids, shown = [], ''
+            ids = ids[-1:]
+            shown = tokenizer.decode(ids)
     yield held + tokenizer.decode(ids)[len(shown) :]
 
 
@@ -101,6 +104,8 @@ def main(argv: list[str]) -> int:
     for name, least in (positive | dict.fromkeys(('temperature', 'top_k', 'lookup'), 0)).items():
         if getattr(k, name) < least:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least {least}')
+    if not 0 < k.top_p <= 1:
+        raise ConfigError(f'top_p={k.top_p}: must be above 0 and at most 1')
     text = read_prompt(k.start)
     if k.template and '{start}' not in k.template:
         raise ConfigError(f"template={k.template!r}: it must have '{{start}}', where the prompt goes")
@@ -122,6 +127,7 @@ def main(argv: list[str]) -> int:
     options = {
         'temperature': k.temperature,
         'top_k': k.top_k or None,
+        'top_p': k.top_p,
         'use_cache': k.use_cache,
         'lookup': k.lookup,
         'generator': torch.Generator(device).manual_seed(k.seed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import sys
 
 import torch
@@ -12,13 +13,19 @@ from configurator import ConfigError
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> str:
-    """'auto' and 'cuda' to the name of a device that is here."""
+    """'auto' and 'cuda' to the name of a device that is here; ConfigError where it is not."""
     if wanted == 'auto':
         wanted = (
             'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
         )
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', wanted):
+        raise ConfigError(f'device={wanted!r}: auto, cpu, mps, cuda or one of several, such as cuda:1')
     if wanted.startswith('cuda') and not torch.cuda.is_available():
         raise ConfigError(f'device={wanted!r}, but torch sees no CUDA device here: use --device=cpu')
+    if wanted.startswith('cuda:') and int(wanted[5:]) >= torch.cuda.device_count():
+        raise ConfigError(f'device={wanted!r}, but torch sees {torch.cuda.device_count()} CUDA devices here')
+    if wanted == 'mps' and not torch.backends.mps.is_available():
+        raise ConfigError("device='mps', but torch sees no Apple GPU here: use --device=cpu")
     return f'cuda:{local_rank}' if wanted == 'cuda' else wanted
 
 

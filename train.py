@@ -168,6 +168,14 @@ def check(k: Knobs):
     for name, allowed in choices.items():
         if getattr(k, name) not in allowed:
             raise ConfigError(f'{name}={getattr(k, name)!r}: one of {", ".join(allowed)}')
+    if k.decay_lr and k.min_lr > k.learning_rate:
+        raise ConfigError(
+            f'min_lr={k.min_lr:g} is above learning_rate={k.learning_rate:g}: the rate would rise; lower it'
+        )
+    if k.optimizer == 'muon' and k.muon_learning_rate and not k.learning_rate:
+        raise ConfigError(
+            f'learning_rate=0: then muon_learning_rate={k.muon_learning_rate:g} has no schedule'
+        )
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')
     close = difflib.get_close_matches(k.init_from, STARTS, n=1)
@@ -311,10 +319,10 @@ def evaluate(model, splits, k: Knobs, device, autocast, rank, world, stop) -> di
         if world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(counts)
-        *sums, stopping = sums.double().tolist()
+        *sums, stopping = sums.tolist()
         if stopping:
             break
-        losses[split] = sum(sums) / sum(counts.double().tolist())
+        losses[split] = sum(sums) / sum(counts.tolist())
     model.train()
     return None if stopping else losses
 
@@ -384,8 +392,8 @@ def resume_knobs(k: Knobs, given: dict, say) -> Knobs:
     return merged
 
 
-def refuse_other_data(state: dict, data, kind: str, config: GPTConfig, out_dir: Path):
-    """A checkpoint goes on only with the tokens, the tokenizer and the architecture it was trained with."""
+def refuse_other_run(state: dict, data, k: Knobs, config: GPTConfig, out_dir: Path):
+    """A checkpoint goes on only with the tokens, the tokenizer, the architecture and the optimizer it had."""
     tokenizer = data.tokenizer_spec and data.tokenizer_spec['fingerprint']
     found = {'data set': data.fingerprint, 'tokenizer': tokenizer}
     wanted = state['data_fingerprint'], state['tokenizer'] and state['tokenizer']['fingerprint']
@@ -396,7 +404,8 @@ def refuse_other_data(state: dict, data, kind: str, config: GPTConfig, out_dir: 
                 f'{str(then)[:12]}: give its --dataset, or start another run in another --out_dir'
             )
     trained = {**state['model_args'], 'model': checkpoint.kind_of(state)}
-    for name, now in {'model': kind, **asdict(config)}.items():
+    trained['optimizer'] = state['config'].get('optimizer', 'adamw')  # which runs did not say before Muon
+    for name, now in {'model': k.model, 'optimizer': k.optimizer, **asdict(config)}.items():
         then = trained.get(name, now)
         if now != then and name != 'dropout':
             raise ConfigError(
@@ -545,7 +554,7 @@ def main(argv: list[str]) -> int:
         config = model_config(k, vocab_size, data.vocab_size)
         if rank == 0:
             if state is not None:
-                refuse_other_data(state, data, k.model, config, out_dir)
+                refuse_other_run(state, data, k, config, out_dir)
             join()
         if ddp:
             refuse_unlike_ranks(k, data, state, device)
@@ -559,7 +568,7 @@ def train(
 
     state: of the checkpoint to go on from, or None; source: pretrained weights to begin with, or None.
     """
-    rank, local_rank, world, ddp, _ = group
+    rank, _, world, ddp, _ = group
     main_rank = rank == 0
     device_type = device.split(':')[0]
     out_dir = Path(k.out_dir)
@@ -579,7 +588,8 @@ def train(
         model.load_state_dict(state['model'])
         groups = optimizer.state_dict()['param_groups']  # of the knobs as they are now
         optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
-        scaler.load_state_dict(state['scaler'])
+        if state['scaler']:  # the run may have come from a device that needs none
+            scaler.load_state_dict(state['scaler'])
         it, best_val_loss, seconds = state['iter'], state['best_val_loss'], state['seconds']
         evaluated = state['evaluated'] and not k.eval_only
         watches = {name: metrics.SpikeWatch(**state['watches'][name]) for name in watches}
@@ -598,7 +608,7 @@ def train(
     elif k.compile:
         say('compiling the model (about a minute) …')
         compiled = torch.compile(model)
-    ids = [local_rank] if device_type == 'cuda' else None
+    ids = [torch.device(device).index] if device_type == 'cuda' else None
     trained = DistributedDataParallel(compiled, device_ids=ids) if ddp else compiled
 
     # the run's record
@@ -750,7 +760,7 @@ def train(
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             stopping = bool(stop.reason) or (recorded and saver.error is not None)
-            report = torch.stack([loss_sum / micro_steps, loss_sum.new_tensor(float(stopping))])
+            report = torch.stack([loss_sum / micro_steps, torch.full_like(loss_sum, stopping)])
             if ddp:
                 dist.all_reduce(report)
             # the one time that a step waits for the device

@@ -136,6 +136,18 @@ def test_without_a_beginning_the_first_character_is_given(tmp_path, capsys):
     assert found['bits_per_byte'] == pytest.approx(found['loss'] * 6 / 7 / math.log(2))  # ё is 2 bytes
 
 
+def test_plain_token_files_are_predicted_by_the_run_that_was_trained_on_such(tmp_path, capsys):
+    model = random_gpt(replace(TINY, vocab_size=320, vocab_used=300))
+    (tmp_path / 'data').mkdir()
+    ids = np.arange(200, dtype='<u2') * 7 % 300
+    for name in ('train', 'val'):
+        ids.tofile(tmp_path / f'data/{name}.bin')
+    run = save_run(tmp_path / 'run', model, None, tmp_path / 'data')
+    assert program.main([f'--out_dir={run}', f'--save={tmp_path / "r.json"}', '--dtype=float32']) == 0
+    found = json.loads((tmp_path / 'r.json').read_text(encoding='utf-8'))
+    assert found['loss'] == pytest.approx(naive(model, ids.tolist(), 32, 32), rel=1e-5)
+
+
 def test_what_cannot_be_predicted_is_one_line(tmp_path):
     bpe = train_bpe([TEXT], 300)
     data = save_data(tmp_path / 'data', Bytes().encode(TEXT), Bytes(), 1)

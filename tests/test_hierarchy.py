@@ -15,7 +15,7 @@ import hierarchy
 import train
 from configurator import ConfigError, configure
 from conftest import random_gpt
-from hierarchy import Hierarchy, HierarchyConfig
+from hierarchy import Block, Hierarchy, HierarchyConfig
 from runs import assert_same_run, resume, start, write_tokens
 
 SMALL = {
@@ -252,6 +252,18 @@ def test_outputs_and_gradients_equal_the_reference_of_single_positions(option):
         torch.testing.assert_close(
             p.grad, wanted[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f'{n}: {m}'
         )
+
+
+@pytest.mark.parametrize('position', ['learned', 'rotary', 'none'])
+def test_the_stream_is_not_rounded_by_autocast(position):
+    model = make(position=position).float()
+    types = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda module, inputs, y: types.append(y.dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        model(tokens(T=model.config.block_size))
+    assert len(types) > 4 and set(types) == {torch.float32}
 
 
 @pytest.mark.parametrize('T', [1, 3, 5, 7, 10])

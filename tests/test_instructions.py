@@ -80,6 +80,9 @@ def test_the_shape_is_the_checkpoints_where_nothing_else_is_said(gpt2_folder):
     assert (k.bias, k.mlp, k.dropout, k.attention) == (False, 'gelu_tanh', 0.0, 'vanilla')
 
 
+NOTHING = torch.zeros(1, 1, dtype=torch.long)  # a prompt that does not show
+
+
 class Script:
     """Stands in for a model: says the tokens that it was given."""
 
@@ -109,10 +112,32 @@ def test_a_stop_text_ends_a_sample_before_it(stop, said, shown):
     tokenizer = Bytes()
     token, texts = sample.read_stops(stop, tokenizer)
     assert token is None
-    pieces = list(sample.stream_text(Script(tokenizer.encode(said)), tokenizer, None, 99, token, texts))
+    pieces = list(sample.stream_text(Script(tokenizer.encode(said)), tokenizer, NOTHING, 99, token, texts))
     assert ''.join(pieces) == shown
-    everything = sample.stream_text(Script(tokenizer.encode(said)), tokenizer, None, 99)
+    everything = sample.stream_text(Script(tokenizer.encode(said)), tokenizer, NOTHING, 99)
     assert len(pieces) <= len(list(everything)) == len(tokenizer.encode(said)) + 1
+
+
+def test_a_streamed_text_is_that_of_all_its_tokens():
+    """Whatever a tokenizer does to a text's first space: this one goes on, and so does each new line."""
+    tokenizers = pytest.importorskip('tokenizers')
+    text = 'Once upon a time\n  two   spaces\n three'
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer, inner.decoder = (
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.decoders.Metaspace(),
+    )
+    inner.train_from_iterator([text], tokenizers.trainers.BpeTrainer(vocab_size=60, show_progress=False))
+
+    class Spaces:
+        decode = staticmethod(lambda ids: inner.decode(list(ids)))
+
+    ids = inner.encode(text).ids
+    assert inner.decode(ids) == text
+    for begin in range(1, 8):
+        prompt = torch.tensor([ids[:begin]])
+        pieces = sample.stream_text(Script(ids[begin:]), Spaces, prompt, 99)
+        assert inner.decode(ids[:begin]) + ''.join(pieces) == text
 
 
 def test_the_end_of_text_token_ends_a_sample():
@@ -120,7 +145,7 @@ def test_the_end_of_text_token_ends_a_sample():
     token, texts = sample.read_stops('eot||stop', tokenizer)
     assert (token, texts) == (256, ['stop'])
     tokens = [*tokenizer.encode('yes'), 256, *tokenizer.encode('no')]
-    pieces = list(sample.stream_text(Script(tokens), tokenizer, None, 99, token, texts))
+    pieces = list(sample.stream_text(Script(tokens), tokenizer, NOTHING, 99, token, texts))
     assert ''.join(pieces) == 'yes' and len(pieces) == 5  # a piece for each of 4 tokens, and the end
     with pytest.raises(ConfigError, match='this chars tokenizer has no end-of-text token'):
         sample.read_stops('eot', Chars('abc'))

@@ -344,6 +344,28 @@ def test_sampling_knobs():
         model.generate(prompt[:, :0], 1)
 
 
+def test_only_the_likeliest_are_drawn():
+    model = GPT(config('vanilla', vocab_used=5), seed=0)
+    p = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.02, 0.9, 0.03, 0.04, 0.01]])
+    logits = torch.cat([p.log(), torch.full((2, 59), 9.0)], dim=1)  # padding
+    generator = torch.Generator().manual_seed(0)
+
+    def kinds(**options):
+        drawn = torch.cat(
+            [model.draw(logits, 1.0, generator=generator, **options) for _ in range(400)], dim=1
+        )
+        return [sorted(set(row)) for row in drawn.tolist()]
+
+    assert kinds() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert kinds(top_p=0.69) == [[1, 3], [1]] and kinds(top_p=0.71) == [[1, 3, 4], [1]]
+    assert kinds(top_p=0.01) == [[1], [1]]
+    assert kinds(top_k=3) == [[1, 3, 4], [1, 2, 3]]
+    assert kinds(top_k=3, top_p=0.8) == [[1, 3], [1]]  # of the three: 0.47, 0.35, 0.18
+    # among those, as likely as before
+    drawn = [int(model.draw(logits[:1], 1.0, generator=generator, top_p=0.69)) for _ in range(4000)]
+    assert abs(drawn.count(1) / 4000 - 4 / 7) < 0.03
+
+
 def test_generation_leaves_the_mode_of_the_model():
     model = GPT(config('vanilla', dropout=0.5), seed=0)
     model.train()
@@ -352,6 +374,19 @@ def test_generation_leaves_the_mode_of_the_model():
     assert torch.equal(a, model.generate(tokens(B=1, T=4), 10, temperature=0)), (
         'dropout was on while sampling'
     )
+
+
+def test_streams_side_by_side_leave_each_module_its_mode():
+    model = GPT(config('vanilla', dropout=0.5), seed=0).train()
+    model.transformer.h[1].eval()
+    before = [m.training for m in model.modules()]
+    wanted = model.generate(tokens(B=1, T=4), 10, temperature=0)[0, 4:].tolist()
+    short, long = (model.stream(tokens(B=1, T=4), n, temperature=0) for n in (3, 10))
+    found = [int(next(long))]
+    assert [int(token) for token in short] == wanted[:3]
+    assert model.training, 'a step of training may come between two tokens'
+    assert found + [int(token) for token in long] == wanted
+    assert [m.training for m in model.modules()] == before
 
 
 def test_targets_of_minus_one_do_not_count():

@@ -120,6 +120,13 @@ def test_outputs_and_gradients_equal_the_per_head_reference(variant):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
+def test_every_parameter_has_a_gradient(variant):
+    model = build(variant, qk_norm=True, bias=True)
+    model(tokens(), tokens(1))[1].backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
 def test_a_token_changes_nothing_before_it_and_all_after_it(variant):
     model, idx = build(variant), tokens(B=1)
     before = model(idx)[0]

@@ -165,8 +165,12 @@ def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys)
         ),
         ({'dataset': 'other tokens'}, 'the data set is '),
         ({'dataset': 'other tokenizer'}, 'the tokenizer is '),
+        (
+            {'optimizer': 'muon'},
+            "optimizer='muon', but the checkpoint in {out} was trained with optimizer='adamw'",
+        ),
     ],
-    ids=['n_embd', 'head_split', 'data', 'tokenizer'],
+    ids=['n_embd', 'head_split', 'data', 'tokenizer', 'optimizer'],
 )
 def test_another_architecture_tokenizer_or_data_set_is_refused(
     tmp_path, data, straight, knobs, line, monkeypatch
@@ -248,6 +252,13 @@ def test_the_loss_scaler_resumes(tmp_path, data, monkeypatch):
     resume(tmp_path / 'b', max_iters=12)
     assert_same_run(tmp_path / 'a', tmp_path / 'b')
     assert checkpoint.load(tmp_path / 'a' / LAST)['scaler']['scale'] < 2.0**24
+
+
+def test_a_run_goes_on_in_fp16_that_began_without_a_loss_scaler(tmp_path, data, monkeypatch):
+    start(tmp_path, data, max_iters=5, lr_decay_iters=12)
+    monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
+    resume(tmp_path, max_iters=12)
+    assert status(tmp_path) == 'finished' and checkpoint.load(tmp_path / LAST)['scaler']
 
 
 def test_a_loss_scaler_that_finds_no_scale_stops(tmp_path, data, monkeypatch):
@@ -766,6 +777,12 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch,
         ({'head_split': '2-2-1'}, '2-2-1'),
         ({'dtype': 'float16'}, "dtype='float16' needs CUDA, the device is cpu: use bfloat16 or float32"),
         ({'device': 'cuda'}, "device='cuda', but torch sees no CUDA device here: use --device=cpu"),
+        ({'device': 'gpu'}, "device='gpu': auto, cpu, mps, cuda or one of several, such as cuda:1"),
+        ({'learning_rate': 1e-6, 'min_lr': 1e-5}, 'min_lr=1e-05 is above learning_rate=1e-06'),
+        (
+            {'optimizer': 'muon', 'learning_rate': 0, 'min_lr': 0, 'muon_learning_rate': 0.1},
+            'learning_rate=0: then muon_learning_rate=0.1 has no schedule',
+        ),
         ({'beta2': 1}, 'beta2=1.0: must be in [0, 1)'),
         ({'dist_timeout': 0}, 'dist_timeout=0.0: must be positive'),
         ({'dropout': 1}, 'dropout=1.0: must be in [0, 1)'),
