@@ -502,7 +502,10 @@ class Decoder(nn.Module):
             queries, source = piece.split(self.ln_q(skip + x)), piece.split(self.ln_kv(x))
             x = x + piece.join(self.attn(queries, source, piece.inside(self.i - 1), state))
         x = self.ln_up(x)
-        x = x + skip if self.share is None else torch.lerp(skip, x, self.share.sigmoid().type_as(x))
+        if self.share is None:
+            x = x + skip
+        else:
+            x = torch.lerp(skip, x.type_as(skip), self.share.sigmoid().type_as(skip))
         return self.stage(x, piece)
 
     def flops(self, groups: int) -> int:
@@ -642,8 +645,8 @@ class Hierarchy(LanguageModel):
     def describe(self) -> str:
         """What shapes do not tell, a line each."""
         c, t = self.config, self.transformer
-        of_all = 'norm mlp position qk_norm groups latents compression block_order upsample skip dense'
-        lines = [', '.join(f'{name} {getattr(c, name)}' for name in of_all.split())]
+        of_all = 'norm mlp position qk_norm groups group_size latents compression block_order upsample skip'
+        lines = [', '.join(f'{name} {getattr(c, name)}' for name in (*of_all.split(), 'dense'))]
         if c.channels > 1:
             lines.append(f'channels merged by {c.channel_merge}')
         return '\n'.join([*lines, *(block.attn.describe() for block in t.h)])

@@ -221,13 +221,17 @@ class Memory:
         """real: (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are."""
         self.published = []  # one entry per layer so far: what it chose to publish to the layers after it
         self.rotate = rotate  # of queries and keys (B, heads, T, head_size), at the positions of x
-        self.real = real
-        self.mask = None  # (B, 1, T, S) bool, who sees whom, where that is not simply everyone before
-        if real is not None:
-            S = real.size(1)
-            sees = real.new_ones(T, S).tril(S - T) & real[:, None, None, :]
-            itself = torch.eye(S, dtype=torch.bool, device=real.device)[-T:]
-            self.mask = sees | itself  # padding sees itself, else its softmax over nothing would be NaN
+        self.real, self.T, self.seen = real, T, None
+
+    @property
+    def mask(self):
+        """(B, 1, T, S) bool, who sees whom; None where that is simply everyone before."""
+        if self.real is not None and self.seen is None:
+            S = self.real.size(1)
+            at = torch.arange(S, device=self.real.device)  # of keys; the T queries are the last of them
+            sees = (at <= at[-self.T :, None]) & self.real[:, None, None, :]
+            self.seen = sees | (at == at[-self.T :, None])  # padding sees itself: no softmax over nothing
+        return self.seen
 
 
 class HeadLinear(nn.Linear):

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hierarchy import Hierarchy, HierarchyConfig
+from leap import WindowedAttention
 from model import GPT, GPTConfig
 
 # what transformers calls the cache that goes into forward and comes out of it: renamed in 5.24
@@ -193,6 +194,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ReflexConfig):
         super().__init__(config)
         self.gpt = self._core(config.gpt_config())
+        self.averages = any(isinstance(module, WindowedAttention) for module in self.gpt.modules())
         for module in self.gpt.modules():
             module._is_hf_initialized = not self.gpt.lm_head.weight.is_meta  # GPT has drawn its weights
         self.post_init()
@@ -240,9 +242,10 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
 
         The cache goes by either name that transformers has for it, cache or past_key_values.
 
-        attention_mask (B, S): 0 for padding, which may stand on either side; position_ids (B, T): by default
-        the number of real tokens before. labels (B, T) as input_ids, -100 where none counts. use_cache: None
-        means no cache, as a plain forward pass needs none.
+        attention_mask (B, S): 0 for padding, which may stand on either side (with LEAP and additive
+        attention not between tokens); position_ids (B, T): by default the number of real tokens before.
+        labels (B, T) as input_ids, -100 where none counts. use_cache: None means no cache, as a
+        plain forward pass needs none.
         """
         for asked in ('output_attentions', 'output_hidden_states', 'inputs_embeds'):
             value = kwargs.pop(asked, None)
@@ -263,8 +266,14 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
                     f'attention_mask has {attention_mask.dim()} dimensions: give (B, S), 0 for padding'
                 )
             real = attention_mask.bool()
-            if not (real[:, 1:] > real[:, :-1]).any():
+            starts = real[:, 1:] > real[:, :-1]  # (B, S - 1): padding, then a token
+            if not starts.any():
                 real = None  # all padding is on the right, where nobody looks
+            elif self.averages and (starts.sum(dim=1) + real[:, 0] > 1).any():
+                raise ValueError(
+                    'padding stands between tokens: it would take up places in the windows of this '
+                    'attention, and what was averaged cannot be taken back; pad on the left'
+                )
             elif position_ids is None:
                 position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         if position_ids is not None:

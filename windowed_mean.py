@@ -26,7 +26,8 @@ def windowed_mean(logits, vectors, window: int = 0):
     """Means of `vectors` with weights exp(logits) over the last `window` tokens, each one's own included.
 
     logits (..., T), vectors (..., T, d), any float types; window in tokens, 0: all tokens so far. Returns
-    (..., T, d) in the type of `vectors`; sums are fp32 at least, under autocast too. Differentiable once.
+    (..., T, d) in the type of `vectors`; sums are fp32 at least, under autocast too, their products TF32
+    where torch is told so (train.py does on CUDA; errors are about 3e-4 then). Differentiable once.
     """
     if logits.shape != vectors.shape[:-1]:
         raise ValueError(
@@ -50,7 +51,7 @@ class WindowedMean(torch.autograd.Function):
         with without_autocast(logits.device.type):
             x = with_weight(widen(vectors))  # (..., T, d + 1)
             m, s = window_sums(logits.to(x.dtype), x, window)
-            weight = s[..., -1:]
+            weight = s[..., -1:].clone()  # a view would keep all of s
             mean = s[..., :-1] / weight  # (..., T, d)
         ctx.save_for_backward(logits, vectors, m, weight, mean)
         ctx.window = window
@@ -82,9 +83,16 @@ class RunningMean:
         self.window = window
         self.logits = self.vectors = None
 
-    @torch.no_grad()
     def mean(self, logits, vectors):
-        """logits (..., T), vectors (..., T, d), the tokens after those seen -> their means (..., T, d)."""
+        """logits (..., T), vectors (..., T, d), the tokens after those seen -> their means (..., T, d).
+
+        RuntimeError where gradients are wanted: they would end at what is held.
+        """
+        if torch.is_grad_enabled() and (logits.requires_grad or vectors.requires_grad):
+            raise RuntimeError(
+                'no gradient passes the state of a mean: train without a cache (use_cache=False), or '
+                'read under torch.no_grad()'
+            )
         T, window, kind = logits.size(-1), self.window, vectors.dtype
         logits = widen(logits)
         if window == 0:
@@ -180,8 +188,10 @@ def window_sums(a, x, window: int, backwards: bool = False):
     for back in parts:
         source, target = ends(back)
         ages = age + back * CHUNK
-        seen.append(((ages >= 0) & (ages < (window or T))).to(a.dtype))
-        scores.append(a[source].unsqueeze(-2) + (1 - seen[-1]) * NEVER)  # (N, n - back, c, c)
+        sees = (ages >= 0) & (ages < (window or T))
+        seen.append(sees.to(a.dtype))
+        # not by adding NEVER: backwards, a query of nothing but padding has logit -NEVER
+        scores.append(torch.where(sees, a[source].unsqueeze(-2), NEVER))  # (N, n - back, c, c)
         if back == 0:
             m = scores[0].amax(-1)  # (N, n, c)
         else:

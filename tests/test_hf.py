@@ -134,6 +134,26 @@ def test_left_padding_changes_nothing(exported, kind):
             torch.testing.assert_close(row[: prompt.size(1)], alone, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_batch_padded_on_the_right_goes_on_or_is_refused(exported, kind):
+    loaded = ReflexForCausalLM.from_pretrained(exported(kind)[0]).eval()
+    ids = tokens(2, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]])
+    start = loaded(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
+
+    def go_on():
+        options = {'attention_mask': mask, 'past_key_values': start.past_key_values}
+        return loaded(ids[:, 5:], **options).logits[1]
+
+    if loaded.averages:
+        with pytest.raises(ValueError, match='padding stands between tokens'):
+            go_on()
+    else:
+        alone = loaded(torch.cat([ids[1:, :3], ids[1:, 5:]], dim=1)).logits[0, 3:]
+        torch.testing.assert_close(go_on(), alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_what_stands_in_the_padding_does_not_matter_in_training(kind):
     config = config_of(replace(TINY, **KINDS[kind]))

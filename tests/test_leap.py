@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from leap import layer_windows
 from model import GPT, GPTConfig, Memory
-from windowed_mean import RunningMean, mean_flops, windowed_mean
+from windowed_mean import NEVER, RunningMean, mean_flops, windowed_mean
 
 SMALL = {'block_size': 96, 'vocab_size': 64, 'n_layer': 4, 'n_head': 4, 'n_embd': 32}
 VARIANTS = {
@@ -160,17 +161,49 @@ def test_a_mean_sees_its_window_and_nothing_else(window):
         assert (a.grad[0][~seen] == 0).all()
 
 
+@pytest.mark.parametrize('window', [0, 4, 20])
+@pytest.mark.parametrize('shift', [0, 50, 100])
+def test_padding_before_the_text_changes_no_gradient(window, shift):
+    """Whatever the size of the logits; the padding's own gradients are zero."""
+    logits, vectors, upstream = inputs(40)
+    logits += shift
+
+    def gradients(a, x, g):
+        a, x = a.requires_grad_(), x.requires_grad_()
+        windowed_mean(a, x, window).backward(g)
+        return a.grad, x.grad
+
+    padded = F.pad(logits, (9, 0), value=NEVER), F.pad(vectors, (0, 0, 9, 0)), F.pad(upstream, (0, 0, 9, 0))
+    padded = gradients(*padded)
+    alone = gradients(logits, vectors, upstream)
+    for cut, whole in zip(padded, alone, strict=True):
+        dim = logits.dim() - 1
+        torch.testing.assert_close(cut.narrow(dim, 9, 40), whole, rtol=1e-4, atol=1e-5)
+        assert cut.narrow(dim, 0, 9).abs().max() < 1e-30  # exp(FLOOR) in place of 0
+
+
+def test_no_gradient_ends_at_a_cache_in_silence():
+    model = model_of('leap')
+    with pytest.raises(RuntimeError, match='train without a cache'):
+        model.hidden(tokens(), model.new_cache(2))
+
+
 @pytest.mark.parametrize('window', [0, 64])
 def test_memory_grows_with_the_length_alone(window):
     """Twice the tokens, twice the bytes kept for the backward pass; nothing of size T x CHUNK among them."""
 
     def kept(T):
-        sizes = []
+        sizes = {}
+
+        def keep(t):  # of a view, all that it keeps alive
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
         logits, vectors, _ = inputs(T, lead=(1,), d=8)
         logits.requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             windowed_mean(logits, vectors.requires_grad_(), window)
-        return sum(sizes)
+        return sum(sizes.values())
 
     assert kept(2048) == 2 * kept(1024) == 4 * 1024 * (1 + 8 + 1 + 1 + 8) * 2
 
@@ -389,12 +422,19 @@ def test_what_does_not_fit_is_refused_with_its_numbers(changes, words):
 def test_weights_of_other_windows_do_not_load():
     with pytest.raises(ValueError, match='window 17'):
         model_of('leap').load_state_dict(model_of('leap_odd').state_dict())
+    with pytest.raises(ValueError, match='2 heads'):
+        model_of('leap').load_state_dict(model_of('leap', n_head=2).state_dict())
 
 
 def test_a_mixed_model_reads_past_the_layers_without_a_plan():
     """Two layers of lag 0 and 1 behind two of LEAP: the plan is that of a model of two layers."""
     model = model_of('leap_reflex')
     kinds = [block.attn.describe() for block in model.transformer.h]
-    assert kinds == ['leap window 4', 'leap window 8', 'head plan 0 0 0 0', 'head plan 0 0 0 1']
+    assert kinds == [
+        'leap window 4, 4 heads',
+        'leap window 8, 4 heads',
+        'head plan 0 0 0 0',
+        'head plan 0 0 0 1',
+    ]
     model(tokens())[0].sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
