@@ -379,6 +379,8 @@ def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, h
     """
     from filelock import FileLock, Timeout
 
+    if 'val' not in splits and holdout is None:
+        raise CorpusError('there is no text for validation: give --val_files')
     out_dir = Path(out_dir)
     work = out_dir / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -436,6 +438,12 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
         print(
             'this tokenizer has no end-of-text token: documents follow each other with nothing between them'
         )
+    ours = [tokenizer.encode(text) for text in ('a', ' b', 'a b')] if tokenizer.kind == 'tokenizers' else None
+    if ours and ours[0] + ours[1] != ours[2]:
+        print(
+            f'this tokenizer puts something of its own before a text: documents of more than {PIECE:,} '
+            'characters are encoded in pieces, and it stands before each'
+        )
     text_bytes = sum(estimate(sources) for sources in splits.values())
     _check_disk(out_dir, work, tokenizer, splits, text_bytes, DTYPES[dtype].itemsize)
 
@@ -444,7 +452,7 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     entries = join_and_hold_out(work, done.pop('train'), holdout) if holdout else {}
     entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
     for split, entry in entries.items():
-        if entry['tokens'] == 0:
+        if entry['tokens'] == 0 or entry['bytes'] == 0:
             raise CorpusError(f'{out_dir}: the split {split} has no text')
     meta = {
         'format': FORMAT,
@@ -559,7 +567,7 @@ def parser(script, description, tokenizer, hub=None, val_fraction=None):
         '--val_files',
         nargs='+',
         metavar='FILE',
-        help='the same for validation, else it is taken from --files',
+        help='the same for validation; where it is left out, a part of --files, if the script can divide it',
     )
     add('--test_files', nargs='+', metavar='FILE', help='the same for a test split')
     if hub:

@@ -28,6 +28,7 @@ from configurator import ConfigError, configure
 from loss import linear_cross_entropy
 from model import GPT
 from sample import document_start
+from sources import CorpusError, TextFile
 from system import autocast_for, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, open_data
 from tokenizer import TokenizerError, from_spec
@@ -51,7 +52,7 @@ class Knobs:
     batch_size: int = 8  # windows at a time
     # lm-evaluation-harness
     tasks: str = ''  # in place of all that: names of tasks, joined by commas
-    include_path: str = ''  # a folder with tasks of your own (YAML)
+    include_path: str = ''  # a folder with tasks of your own (YAML; they may run Python files beside them)
     num_fewshot: int = 0  # solved examples before each question
     limit: int = 0  # questions per task; 0 = all
     # output
@@ -111,8 +112,8 @@ def measure(
                 f'text={k.text!r}: {k.out_dir} was trained on plain token files, no tokenizer is known'
             )
         try:
-            text = Path(k.text).read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as e:
+            text = ''.join(TextFile(k.text).texts())  # as it would be prepared
+        except (OSError, CorpusError) as e:
             raise ConfigError(f'text={k.text!r} cannot be read as UTF-8 text ({e})') from None
         tokens = np.array(begin + tokenizer.encode(text), dtype=np.int64)
         given = tokenizer.decode([]) if begin else tokenizer.decode(tokens[:1])  # what is not predicted
@@ -184,6 +185,7 @@ def main(argv: list[str]) -> int:
             + f' (window {result["window"]}, stride {result["stride"]}, {dtype})'
         )
     if k.save:
+        Path(k.save).parent.mkdir(parents=True, exist_ok=True)
         Path(k.save).write_text(json.dumps(result, indent=1, default=str) + '\n', encoding='utf-8')
     return 0
 

@@ -195,7 +195,11 @@ def _convert_tiktoken(tokenizer) -> tokenizers.Tokenizer:
         converter = TikTokenConverter(
             vocab_file=str(path), pattern=encoding._pat_str, extra_special_tokens=encoding._special_tokens
         )
-        return converter.converted()
+        fast = converter.converted()
+    for text, number in encoding._special_tokens.items():
+        if fast.token_to_id(text) != number:  # ids that follow the ranks with a gap, or lie in one
+            raise ExportError(f'{text!r} is token {number}: transformers would give it another id')
+    return fast
 
 
 CONVERTERS = {  # by Tokenizer.kind

@@ -131,6 +131,7 @@ class ReflexCache(TransformersCache):
     """What `generate` carries from token to token: the Cache of model.py, by the names of transformers."""
 
     is_croppable = False
+    is_linear = property(lambda self: [False])  # else generate would read a longer prompt from its start
 
     def __init__(self, model: ReflexForCausalLM, batch_size: int):
         super().__init__(layers=[])  # transformers keeps nothing itself
@@ -288,7 +289,10 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers; the folder also gets the code, so that it loads where this project is not."""
+        """As in transformers; the folder also gets the code, so that it loads where this project is not. To
+        upload it: push_to_hub."""
+        if kwargs.get('push_to_hub'):  # it would upload before the code is there
+            raise ValueError('push_to_hub=True: save without it, then call model.push_to_hub(repository)')
         own = Path(__file__)
         self.config.auto_map = {
             'AutoConfig': f'{own.stem}.{self.config_class.__name__}',
@@ -299,10 +303,18 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class HierarchicalForCausalLM(ReflexForCausalLM):
-    """The same of a hierarchy. Padding may stand on the right alone: groups begin at the first token."""
+    """The same of a hierarchy. Padding may stand on the right alone: groups begin at the first token.
+
+    The loss is that of the tokens: latent_loss belongs to train.py, and what predicts latents is frozen.
+    """
 
     config_class = HierarchicalConfig
     _core = _HierarchyCore
+
+    def __init__(self, config):
+        super().__init__(config)
+        if 'predict' in self.gpt.transformer:
+            self.gpt.transformer.predict.requires_grad_(False)
 
 
 LeapForCausalLM = ReflexForCausalLM  # the name of the published package

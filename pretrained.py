@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
@@ -235,11 +235,16 @@ def _config(folder: Path) -> GPTConfig:
         found = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise PretrainedError(f'{path} cannot be read ({error}): give a folder with a checkpoint') from None
+    if not isinstance(found, dict):
+        raise PretrainedError(f'{path} holds no object but a {type(found).__name__}')
     if found.get('model_type') != 'gpt2':
         raise PretrainedError(
             f"{path} is of model_type {found.get('model_type')!r}: only 'gpt2' checkpoints have these tensors"
         )
     sizes = {key: found.get(key, default) for key, default in _GPT2_DEFAULTS.items()}
+    for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        if type(sizes[key]) is not int:
+            raise PretrainedError(f'{path} has {key}={sizes[key]!r}: that is no size')
     known = {
         'activation_function': ACTIVATIONS,
         'layer_norm_epsilon': (1e-5,),
@@ -290,8 +295,11 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
                 return _read_weights(folder / file)
             if index.is_file():
                 shards = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+                for shard in shards:
+                    if PureWindowsPath(shard).name != shard or shard == '..':  # with separators, a drive
+                        raise PretrainedError(f'{index} names {shard!r}, which is not a file beside it')
                 return {k: v for shard in shards for k, v in _read_weights(folder / shard).items()}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PretrainedError(f'{index} or a file it names cannot be read: {error}') from None
     raise PretrainedError(f'{folder} holds neither {" nor ".join(WEIGHTS)}, whole or in shards')
 
@@ -308,7 +316,10 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise PretrainedError(f'{path} is damaged: {error}') from None
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        weights = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(weights, dict):
+            raise ValueError(f'it holds a {type(weights).__name__}')
+        return weights
     except Exception as error:  # a broken zip or pickle raises whatever it meets
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise PretrainedError(f'{path} cannot be read as weights alone: {reason}') from None

@@ -10,13 +10,15 @@ streaming parquet reader was seen to take 1.1 GB for a file of 0.4 GB.
 
 import codecs
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import string
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -90,11 +92,24 @@ def open_bytes(path):
     import fsspec
     from fsspec.utils import infer_compression
 
+    if compression == '.zip':
+        return open_only_member(fsspec.open(path, 'rb').open(), path)
     if compression and infer_compression(path) is None:
         raise CorpusError(
             f'{path}: nothing here reads {compression}: pip install zstandard, or decompress it'
         )
-    return fsspec.open(path, 'rb', compression='infer').open()
+    file = fsspec.open(path, 'rb', compression='infer').open()
+    return io.BufferedReader(file) if compression == '.zst' else file  # that one has no lines
+
+
+def open_only_member(file, path):
+    """The file inside a .zip that holds one."""
+    archive = zipfile.ZipFile(file)
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    members = [name for name in names if not name.startswith('__MACOSX/')]
+    if len(members) != 1:
+        raise CorpusError(f'{path} holds {len(members)} files, not one: unpack it and give the folder')
+    return archive.open(members[0])
 
 
 def stored_size(path):
@@ -111,14 +126,17 @@ def text_size(path):
     """Bytes of the file when it is decompressed: by reading it, where that is so."""
     if not suffixes(path)[1]:
         return stored_size(path)
-    return sum(len(block) for block in TextFile(path, raw=True).blocks())
+    source = TextFile(path, raw=True)
+    with named(source):
+        return sum(len(block) for block in source.blocks())
 
 
 def text_sha256(path):
     """SHA-256 of the file when it is decompressed."""
-    digest = hashlib.sha256()
-    for block in TextFile(str(path), raw=True).blocks():
-        digest.update(block)
+    digest, source = hashlib.sha256(), TextFile(str(path), raw=True)
+    with named(source):
+        for block in source.blocks():
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -341,7 +359,7 @@ def paths(given):
         if '://' in name or Path(name).is_file():
             found.append(name)
         elif Path(name).is_dir():
-            below = sorted(p for p in Path(name).rglob('*') if p.is_file() and not p.name.startswith('.'))
+            below = sorted(p for p in Path(name).rglob('*') if p.is_file() and not passed_over(p, Path(name)))
             usable = [str(p) for p in below if suffixes(p)[0] in (*TEXT, *RECORDS)]
             if len(usable) < len(below):
                 print(
@@ -355,6 +373,13 @@ def paths(given):
     if not found:
         raise CorpusError(f'no text in {", ".join(map(str, given))}')
     return found
+
+
+def passed_over(path, folder):
+    """Hidden files, those of hidden folders, and what a prepared data set says of itself."""
+    if any(part.startswith('.') for part in path.relative_to(folder).parts):
+        return True
+    return path.name in ('meta.json', 'tokenizer.json') and any(path.parent.glob('*.bin'))
 
 
 def file_source(path, template='{text}', raw=False):
@@ -406,8 +431,9 @@ def download(url, sha256, folder):
     from urllib.request import urlopen
 
     path = Path(folder) / url.rsplit('/', 1)[-1]
-    if path.is_file() and text_sha256(path) == sha256:
-        return str(path)
+    with suppress(CorpusError):  # what cannot be read is fetched again
+        if path.is_file() and text_sha256(path) == sha256:
+            return str(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name('part-' + path.name)
     try:

@@ -2,7 +2,8 @@
 
 Every class has the same face: `vocab_size`, `eot` (id of the token that ends a document, or None), `bos` (id
 that begins one, or None), `encode`, `encode_batch`, `decode`, `spec` and `fingerprint`. The text is ordinary
-text: '<|endoftext|>' written in a document is 13 characters, never the token. A checkpoint carries `spec`, so
+text: '<|endoftext|>' written in a document is 13 characters, never the token
+(but for Unigram models that have their special tokens among the pieces). A checkpoint carries `spec`, so
 that decoding does not depend on the data folder: `from_spec(spec)` builds the tokenizer again and compares
 the fingerprint.
 
@@ -168,7 +169,16 @@ class Tiktoken(Tokenizer):
         return [self.encoding.encode_to_numpy(p.decode('utf-8'), disallowed_special=()) for p in pieces]
 
     def _decode(self, ids):
-        return self.encoding.decode(ids, errors='replace')
+        try:
+            return self.encoding.decode(ids, errors='replace')
+        except KeyError:  # some encodings have gaps, and a model may draw what it has never seen
+            return b''.join(map(self._bytes, ids)).decode('utf-8', errors='replace')
+
+    def _bytes(self, i):
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return '\ufffd'.encode()
 
 
 def _tiktoken_encoding(name):

@@ -159,13 +159,15 @@ def test_joined_rows_are_one_document(tmp_path):
 
 
 def test_folders_patterns_and_files(tmp_path, capsys):
-    for name in ('b.txt', 'a.md', 'sub/c.jsonl', 'picture.png', '.hidden.txt'):
+    prepared = ('made/train.bin', 'made/meta.json', 'made/tokenizer.json')
+    hidden = ('.hidden.txt', '.venv/lib/junk.py')
+    for name in ('b.txt', 'a.md', 'sub/c.jsonl', 'picture.png', *hidden, *prepared):
         path = tmp_path / 'set' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('{"text": "x"}', encoding='utf-8')
     below = [str(tmp_path / 'set' / name) for name in ('a.md', 'b.txt', str(Path('sub') / 'c.jsonl'))]
     assert paths([tmp_path / 'set']) == below
-    assert '1 of 4 files are neither' in capsys.readouterr().out
+    assert '2 of 5 files are neither' in capsys.readouterr().out
     assert paths([str(tmp_path / 'set' / '*.txt')]) == below[1:2]
     assert paths([str(tmp_path / 'set' / 'picture.png')]) == [
         str(tmp_path / 'set' / 'picture.png')
@@ -252,6 +254,30 @@ def test_where_a_wrong_byte_is_in_a_long_text(tmp_path, small):
     (tmp_path / 'a.txt').write_bytes(content + b'\xff' + content)
     with pytest.raises(CorpusError, match=re.escape(f'byte 0xff at {len(content):,};')):
         list(TextFile(str(tmp_path / 'a.txt')).pieces())
+
+
+def test_a_zip_is_one_file(tmp_path):
+    path = tmp_path / 'a.txt.zip'
+
+    def archive(*names):
+        with zipfile.ZipFile(path, 'w') as file:
+            for name in names:
+                file.writestr(name, '' if name.endswith('/') else f'text of {name}')
+        return TextFile(str(path))
+
+    assert ''.join(archive('notes/', 'notes/a.txt', '__MACOSX/._a.txt').texts()) == 'text of notes/a.txt'
+    for names, n in ((['a.txt', 'b.txt'], 2), (['notes/'], 0)):
+        with pytest.raises(CorpusError, match=f'holds {n} files, not one: unpack it'):
+            list(archive(*names).texts())
+
+
+def test_compressed_json_lines(tmp_path):
+    zstandard = pytest.importorskip('zstandard')
+    write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)
+    packed = zstandard.ZstdCompressor().compress((tmp_path / 'a.jsonl').read_bytes())
+    (tmp_path / 'a.jsonl.zst').write_bytes(packed)
+    found = [documents_of(file_source(str(tmp_path / name))) for name in ('a.jsonl', 'a.jsonl.zst')]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize('name', ['a.csv', 'a.tar.gz', 'a.pdf'])
@@ -725,8 +751,11 @@ def test_wrong_settings(tmp_path, two, tokenizer, num_proc, wanted):
 def test_a_split_without_text_is_refused(tmp_path, two):
     empty = [TextFile(str(tmp_path / 'empty.txt'))]
     (tmp_path / 'empty.txt').write_bytes(b'')
-    with pytest.raises(CorpusError, match='split val has no text'):
-        prepare(tmp_path / 'set', 'bytes', {**two, 'val': empty}, end=False, num_proc=1)
+    for end in (False, True):
+        with pytest.raises(CorpusError, match='split val has no text'):
+            prepare(tmp_path / 'set', 'bytes', {**two, 'val': empty}, end=end, num_proc=1)
+    with pytest.raises(CorpusError, match='no text for validation: give --val_files'):
+        prepare(tmp_path / 'set', 'bytes', {'train': two['train'], 'test': two['train']}, num_proc=1)
 
 
 def test_flags(tmp_path, small):

@@ -1,5 +1,6 @@
 """Every prepare.py run as a user runs it, on a small file in its original form, and the tools beside them."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -340,6 +341,11 @@ def test_stdlib_on_files(root, tmp_path):
         (['shakespeare/prepare.py', '--files', '{here}/none.txt'], 'none.txt does not exist'),
         (['shakespeare/prepare.py', '--val_files', '{here}/a.txt'], '--files, which is missing'),
         (['shakespeare/prepare.py', '--files', '{here}/a.txt', '{here}/a.txt'], 'not 2 files'),
+        (['shakespeare/prepare.py', '--files', '{here}/cut.txt.gz'], 'cut.txt.gz cannot be read: EOFError'),
+        (
+            ['shakespeare/prepare.py', '--files', '{here}/a.txt', '--test_files', '{here}/a.txt'],
+            '--val_files',
+        ),
         (['wikitext/prepare.py', '--files', '{here}/a.txt'], '--files needs --val_files'),
         (['openwebtext/prepare.py', '--files', '{here}/a.txt', '--tokenizer', 'bytes'], '--val_files'),
         (
@@ -353,6 +359,7 @@ def test_stdlib_on_files(root, tmp_path):
 def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
     for name in ('a.txt', 'a.csv'):
         (tmp_path / name).write_text('text', encoding='utf-8')
+    (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'text ' * 1000)[:-20])
     arguments = [a.format(here=tmp_path) for a in arguments]
     if arguments[0] != 'peek.py':
         arguments += ['--out_dir', tmp_path / 'set']
@@ -391,6 +398,8 @@ def test_a_download_is_checked(tmp_path):
         download(url, '0' * 64, folder)
     assert '\n' not in str(error.value)
     archive.write_bytes((folder / 'enwik8.zip').read_bytes())
+    (folder / 'enwik8.zip').write_text('<html>not found</html>', encoding='utf-8')
+    assert download(url, digest, folder) == str(folder / 'enwik8.zip')  # fetched again
     with pytest.raises(CorpusError, match='SHA-256 0000'):
         download(url, '0' * 64, folder)
 

@@ -22,7 +22,7 @@ pytest.importorskip('accelerate')
 
 import hf  # noqa: E402
 from hf import LeapConfig, LeapForCausalLM, ReflexConfig, ReflexForCausalLM  # noqa: E402
-from modeling_reflex import ReflexCache, one_file  # noqa: E402
+from modeling_reflex import CACHE_NAME, ReflexCache, one_file  # noqa: E402
 
 TINY = GPTConfig(
     block_size=32,
@@ -114,6 +114,19 @@ def test_generate_gives_the_same_tokens_with_and_without_a_cache(exported, kind)
                 loaded.generate(ids, max_new_tokens=12, use_cache=use_cache, pad_token_id=0, **options)
             )
         assert torch.equal(*drawn), options
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_second_turn_goes_on_from_the_cache_of_the_first(exported, kind):
+    loaded = ReflexForCausalLM.from_pretrained(exported(kind)[0]).eval()
+    options = {'max_new_tokens': 4, 'do_sample': False, 'pad_token_id': 0}
+    first = loaded.generate(tokens(1, 8), return_dict_in_generate=True, **options)
+    cache = first[CACHE_NAME]
+    held = cache.get_seq_length()
+    longer = torch.cat([first.sequences, tokens(1, 3, seed=9)], dim=1)
+    second = loaded.generate(longer, **{CACHE_NAME: cache}, **options)
+    assert torch.equal(second, loaded.generate(longer, **options))
+    assert held < longer.size(1) and cache.get_seq_length() == longer.size(1) + 3
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -248,6 +248,21 @@ def test_broken_files_are_one_line(gpt2_folder, tmp_path, monkeypatch):
     assert 'holds neither model.safetensors nor pytorch_model.bin' in message(folder)
     torch.save({'transformer.wte.weight': Path('code')}, folder / 'pytorch_model.bin')  # a pickled object
     assert 'cannot be read as weights alone' in message(folder)
+    torch.save(torch.zeros(3), folder / 'pytorch_model.bin')
+    assert 'it holds a Tensor' in message(folder)
+    (folder / 'pytorch_model.bin').unlink()
+    torch.save({'transformer.wte.weight': torch.zeros(3)}, tmp_path / 'outside.bin')
+    index = folder / 'pytorch_model.bin.index.json'
+    for shard in (str(tmp_path / 'outside.bin'), '../outside.bin', '..\\outside.bin', 'C:outside.bin', '..'):
+        index.write_text(json.dumps({'weight_map': {'a': shard}}), encoding='utf-8')
+        assert 'which is not a file beside it' in message(folder)
+    index.write_text('{"weight_map": ["a"]}', encoding='utf-8')
+    assert 'cannot be read' in message(folder)
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    (folder / 'config.json').write_text(json.dumps({**config, 'n_embd': '96'}), encoding='utf-8')
+    assert "n_embd='96': that is no size" in message(folder)
+    (folder / 'config.json').write_text('[]', encoding='utf-8')
+    assert 'config.json holds no object but a list' in message(folder)
     (folder / 'config.json').unlink()
     assert 'config.json cannot be read' in message(folder)
     monkeypatch.setitem(sys.modules, 'safetensors', None)  # as if it were not installed

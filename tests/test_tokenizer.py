@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import tiktoken
 
 import tokenizer as tk
 from tokenizer import Bytes, Chars, HuggingFace, Tiktoken, TokenizerError, from_spec, load, train_bpe
@@ -63,6 +64,27 @@ def test_known_values(gpt2):
     assert Bytes().encode('é') == [0xC3, 0xA9]
     assert (Bytes().vocab_size, Bytes().eot) == (257, 256)
     assert Chars(['a', 'é']).encode('éa') == [1, 0]
+
+
+@pytest.fixture
+def gapped(monkeypatch):
+    """An encoding like cl100k_base: bytes and a merge, ids that no text has, special tokens beyond them."""
+    ranks = {bytes([i]): i for i in range(256)} | {b'he': 256}
+    special = {'<|fim|>': 258, '<|endoftext|>': 260}
+    encoding = tiktoken.Encoding('gapped', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr('tokenizer._tiktoken_encoding', lambda name: encoding)
+    return Tiktoken('gapped')
+
+
+def test_ids_that_no_text_has_are_shown_as_replaced(gapped):
+    assert (gapped.vocab_size, gapped.eot) == (261, 260)
+    assert gapped.decode([*gapped.encode('he said'), 257, 259, 33]) == 'he said\ufffd\ufffd!'
+
+
+def test_an_encoding_with_gaps_is_not_exported(gapped):
+    hf = pytest.importorskip('hf')
+    with pytest.raises(hf.ExportError, match=r'is token 258: transformers would give it another id'):
+        hf.convert_tokenizer(gapped, 64)
 
 
 def test_bytes_that_are_not_utf8_are_shown_as_replaced(tokenizers):

@@ -21,7 +21,6 @@ from sources import CorpusError, TextFile
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine
-BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine
 VAL_OF = 20  # one file of so many is validation
 LEAST = 100  # source files; with fewer, this Python came without its library's sources
 
