@@ -179,7 +179,7 @@ def find_runs(arguments: list[str]) -> list[Run]:
 
 def _in_common(runs: list[Run]) -> str:
     """What the folders of runs that differ only in the seed are called but for it: a-s1 and a-s2 are a."""
-    names = {re.sub(rf'[-_.]*(seed|s)?{r.seed}$', '', r.arm) if len(runs) > 1 else r.arm for r in runs}
+    names = {re.sub(rf'([-_.]+(seed|s)?|seed){r.seed}$', '', r.arm) if len(runs) > 1 else r.arm for r in runs}
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     return re.sub(r'[-_.]+(seed|s)?$', '', ''.join(letters[0] for letters in same)) or runs[0].arm
 

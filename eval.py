@@ -28,7 +28,7 @@ from configurator import ConfigError, configure
 from loss import linear_cross_entropy
 from model import GPT
 from sample import document_start
-from sources import CorpusError, TextFile
+from sources import CorpusError, TextFile, named
 from system import autocast_for, pick_device, pick_dtype
 from tokendata import DataError, eval_batch, open_data
 from tokenizer import TokenizerError, from_spec
@@ -112,8 +112,9 @@ def measure(
                 f'text={k.text!r}: {k.out_dir} was trained on plain token files, no tokenizer is known'
             )
         try:
-            text = ''.join(TextFile(k.text).texts())  # as it would be prepared
-        except (OSError, CorpusError) as e:
+            with named(source := TextFile(k.text)):
+                text = ''.join(source.texts())  # as it would be prepared
+        except CorpusError as e:
             raise ConfigError(f'text={k.text!r} cannot be read as UTF-8 text ({e})') from None
         tokens = np.array(begin + tokenizer.encode(text), dtype=np.int64)
         given = tokenizer.decode([]) if begin else tokenizer.decode(tokens[:1])  # what is not predicted

@@ -125,11 +125,8 @@ class WindowedAttention(nn.Module):
         return self.n_head * sum(mean_flops(T, self.window, width) for width in widths) / T
 
     def describe(self) -> str:
-        return (
-            f'{self.name} '
-            + (f'window {self.window}' if self.window else 'global')
-            + f', {self.n_head} heads'
-        )
+        window = f'window {self.window}' if self.window else 'global'
+        return f'{self.name} {window}, {self.n_head} heads'
 
 
 class AdditiveAttention(WindowedAttention):

@@ -247,6 +247,8 @@ def test_folders_named_after_what_they_hold_are_not_taken_for_seeds(tmp_path):
         make_run(tmp_path / f'{name}_b2', 4.1, 2, attention=attention)
     _, page = report(*sorted(tmp_path.iterdir()))
     assert sorted(arm['name'] for arm in page['arms']) == ['reflex_422', 'reflex_521', 'vanilla']
+    a, b = make_run(tmp_path / 'a2', 4.0, 2, dropout=0.1), make_run(tmp_path / 'a22', 4.0, 22, dropout=0.1)
+    assert {run.arm for run in compare.find_runs([str(a), str(b)])} == {'a2'}
     # alike in what they have in common: each keeps a name of its own
     for seed, lr in ((1, 1e-3), (2, 1e-3), (3, 1e-2), (4, 1e-2)):
         make_run(tmp_path / f'run-s{seed}', 4.0, seed, learning_rate=lr)
