@@ -291,6 +291,7 @@ def test_a_token_changes_nothing_before_it(variant):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
+@torch.no_grad()
 def test_generation_as_a_recurrence_equals_the_parallel_form(variant):
     """Logits of prefill, single steps and a chunk after a past; then the tokens drawn."""
     model = model_of(variant).double().eval()
@@ -307,6 +308,7 @@ def test_generation_as_a_recurrence_equals_the_parallel_form(variant):
 
 
 @pytest.mark.parametrize('variant', ['leap_none', 'leap_rotary', 'additive_odd'])
+@torch.no_grad()
 def test_contexts_are_endless_where_positions_allow_it(variant):
     """Beyond block_size nothing is cropped: the next token depends on the first through the global layer."""
     model = model_of(variant).double().eval()
@@ -329,6 +331,7 @@ def held_bytes(cache):
 
 
 @pytest.mark.parametrize('variant', ['leap', 'leap_global', 'leap_odd', 'additive', 'additive_odd'])
+@torch.no_grad()
 def test_state_is_as_small_as_it_says_and_does_not_grow(variant):
     model = model_of(variant, position='none').eval()
     cache = model.new_cache(2)
@@ -395,7 +398,7 @@ def test_windows_of_the_layers():
     assert layer_windows('global', 3) == [0, 0, 0]
     assert layer_windows('7-0-12', 3) == [7, 0, 12]
     described = [block.attn.describe() for block in model_of('leap_odd').transformer.h]
-    assert described == ['leap window 3', 'leap window 17', 'leap window 40', 'leap global']
+    assert described == [f'leap {w}, 4 heads' for w in ('window 3', 'window 17', 'window 40', 'global')]
 
 
 @pytest.mark.parametrize(
