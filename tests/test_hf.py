@@ -331,7 +331,8 @@ def test_the_published_leap_example_works_but_for_its_import(tmp_path):
     )
     model = LeapForCausalLM(config)
     attentions = [block.attn.describe() for block in model.gpt.transformer.h]
-    assert attentions == [*(f'leap window {w}' for w in (4, 8, 16, 32, 64)), 'leap global']
+    windows = [*(f'window {w}' for w in (4, 8, 16, 32, 64)), 'global']
+    assert attentions == [f'leap {w}, 4 heads' for w in windows]
     assert (model.gpt.config.dropout, model.gpt.config.n_embd, model.gpt.config.block_size) == (0.1, 32, 64)
     rows = [{'input_ids': row, 'labels': row} for row in (torch.arange(800) * 3 % 50).split(40)]
     arguments = {'per_device_train_batch_size': 4, 'learning_rate': 1e-2, 'max_steps': 20, 'logging_steps': 5}
