@@ -14,8 +14,8 @@ quarter of the steps; an edge that wins is pushed out). Then all arms train on s
 that each has won. One seed is one order of batches and one draw of shared initial values for all arms.
 
 results/<experiment>-<scale>/<arm>/seed<k>/ gets each run's run.json and metrics.jsonl (small: commit them),
-results/<experiment>-<scale>-lr/ those of the sweep; checkpoints stay in out/ until their run is finished. What
-the README tells of is kept there already: --name=NAME makes a folder of your own, results/NAME.
+results/<experiment>-<scale>-lr/ those of the sweep; checkpoints stay in out/ until their run is finished.
+What the README tells of is kept there already: --name=NAME makes a folder of your own, results/NAME.
 Stop at any time: the same command goes on where it was, and never repeats a finished run. Any --knob=value of
 train.py can be added, but for seed, out_dir and init_from; it goes to every run.
 """

@@ -78,13 +78,16 @@ def peak_memory(device: str) -> int | None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """A checkout's commit, '+changes' if tracked files differ from it; 'unknown' outside of git."""
+    """A checkout's commit, '+changes' if tracked files differ from it, but for what runs write (results,
+    charts); 'unknown' outside of git."""
 
     def git(*args):
         return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True, check=True).stdout
 
     try:
-        return git('rev-parse', 'HEAD').strip() + ('+changes' if git('status', '--porcelain', '-uno') else '')
+        outside = ':/', ':(top,exclude)results', ':(top,exclude)charts'
+        changes = git('status', '--porcelain', '-uno', '--', *outside)
+        return git('rev-parse', 'HEAD').strip() + ('+changes' if changes else '')
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
 

@@ -401,3 +401,21 @@ def test_a_real_run(tmp_path):
     assert experiments.main(command) == 0, 'finished, with the settings that were asked for'
     text = compare.markdown(compare.Comparison([run]), 'x', 'y')
     assert '| reflex_422 | 1 |' in text
+
+
+def test_results_do_not_change_the_commit_of_the_runs_after_them(tmp_path):
+    def git(*args):
+        who = ('-c', 'user.name=a', '-c', 'user.email=a@b.c')
+        subprocess.run(['git', '-C', tmp_path, *who, *args], check=True, capture_output=True)
+
+    assert metrics.commit(tmp_path / 'nowhere') == 'unknown'
+    for name in ('model.py', 'results/4-cpu/README.md'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('one', encoding='utf-8')
+    git('init')
+    git('add', '.')
+    git('commit', '-m', 'one')
+    (tmp_path / 'results/4-cpu/README.md').write_text('two', encoding='utf-8')
+    assert len(metrics.commit(tmp_path)) == 40
+    (tmp_path / 'model.py').write_text('two', encoding='utf-8')
+    assert metrics.commit(tmp_path).endswith('+changes')
