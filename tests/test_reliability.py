@@ -60,7 +60,10 @@ def test_n_steps_and_n_more_are_2n_steps(tmp_path, data, straight):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_signal_saves_after_the_step_in_hand(tmp_path, data, straight, number, capsys):
+def test_a_signal_saves_after_the_step_in_hand(tmp_path, data, straight, number, capsys, request):
+    if signal.getsignal(number) is signal.SIG_IGN:  # the tests run under nohup, which a run would respect
+        request.addfinalizer(partial(signal.signal, number, signal.SIG_IGN))
+        signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with happening(6, partial(kill_me, number)):
         assert start(tmp_path, data) == 0
