@@ -351,6 +351,19 @@ def refuse_other_validation_sets(arms: list[Arm]):
         )
 
 
+NO_SPEEDS = 'their speeds cannot be compared'
+NOTHING_ALIKE = 'their losses and speeds cannot be compared'
+APART = {  # what follows where two runs of a pair differ in one of their `surroundings`
+    'device': NO_SPEEDS,
+    'ranks': NO_SPEEDS,
+    'dtype': NOTHING_ALIKE,
+    'compile': NO_SPEEDS,
+    'threads': NO_SPEEDS,
+    'torch': NOTHING_ALIKE,
+    'commit': 'comparable only if nothing in between changes what either computes',
+}
+
+
 def cautions(arms: list[Arm], base: Arm | None):
     """What is not equal and should be, and what is too little, line by line: shown above everything else."""
     for arm in arms:
@@ -382,17 +395,12 @@ def cautions(arms: list[Arm], base: Arm | None):
                 yield f'{arm.name} has {name}={a}, {base.name} {b}: it has seen other data, or another amount'
         # seed by seed: an experiment that went on on another machine may still have whole pairs on each
         ours, theirs = ({r.seed: surroundings(r) for r in x.finished} for x in (arm, base))
-        for name in ('device', 'ranks', 'dtype', 'compile', 'threads', 'torch', 'commit'):
+        for name, follows in APART.items():
             pairs = {seed: (ours[seed][name], theirs[seed][name]) for seed in ours if seed in theirs}
             apart = {seed: pair for seed, pair in pairs.items() if pair[0] != pair[1]}
             if apart:
                 seeds, (a, b) = ', '.join(map(str, apart)), next(iter(apart.values()))
-                told = f'{arm.name} ran with {name} {a}, {base.name} with {b} (seeds {seeds}): '
-                if name == 'commit':
-                    yield told + 'comparable only if nothing in between changes what either computes'
-                    continue
-                what = 'losses and speeds' if name in ('dtype', 'torch') else 'speeds'
-                yield told + f'their {what} cannot be compared'
+                yield f'{arm.name} ran with {name} {a}, {base.name} with {b} (seeds {seeds}): {follows}'
 
 
 def surroundings(run: Run) -> dict:

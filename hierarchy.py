@@ -645,8 +645,9 @@ class Hierarchy(LanguageModel):
     def describe(self) -> str:
         """What shapes do not tell, a line each."""
         c, t = self.config, self.transformer
-        of_all = 'norm mlp position qk_norm groups group_size latents compression block_order upsample skip'
-        lines = [', '.join(f'{name} {getattr(c, name)}' for name in (*of_all.split(), 'dense'))]
+        of_all = 'norm mlp position qk_norm groups group_size latents compression'.split()
+        of_all += 'block_order upsample skip dense'.split()
+        lines = [', '.join(f'{name} {getattr(c, name)}' for name in of_all)]
         if c.channels > 1:
             lines.append(f'channels merged by {c.channel_merge}')
         return '\n'.join([*lines, *(block.attn.describe() for block in t.h)])

@@ -126,18 +126,22 @@ def text_size(path):
     """Bytes of the file when it is decompressed: by reading it, where that is so."""
     if not suffixes(path)[1]:
         return stored_size(path)
-    source = TextFile(path, raw=True)
-    with named(source):
-        return sum(len(block) for block in source.blocks())
+    return sum(map(len, raw_blocks(path)))
 
 
 def text_sha256(path):
     """SHA-256 of the file when it is decompressed."""
-    digest, source = hashlib.sha256(), TextFile(str(path), raw=True)
-    with named(source):
-        for block in source.blocks():
-            digest.update(block)
+    digest = hashlib.sha256()
+    for block in raw_blocks(path):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def raw_blocks(path):
+    """The bytes of the file when it is decompressed, block after block."""
+    source = TextFile(str(path), raw=True)
+    with named(source):
+        yield from source.blocks()
 
 
 # Pieces ---------------------------------------------------------------------
