@@ -546,7 +546,10 @@ def write_readme(plan: Plan, command: str):
             f'{plan.rate(arm) or "–"}',
             ', '.join(told) or 'not swept',
         ]
-        rows[f'| {cells[0]}'] = f'| {" | ".join(cells)} |'
+        row, known = f'| {" | ".join(cells)} |', rows.get(f'| {cells[0]}', '')
+        # a rate that was given does not undo the sweep that an earlier command chose it by
+        same = known.split(' | ')[:3] == row.split(' | ')[:3]
+        rows[f'| {cells[0]}'] = known if same and not losses else row
     lines = [f'# {plan.tree}', '', plan.question, '', '```']
     lines += [*dict.fromkeys([*commands, command]), plan.compare_command(), '```', '']
     lines += ['| arm | arguments of train.py | learning rate | sweep: validation loss by rate |']

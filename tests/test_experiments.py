@@ -201,6 +201,12 @@ def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys
     assert (
         readme.count('python experiments.py') == 2 and '| `reflex_all` |' in readme and '| `cla` |' in readme
     )
+    # nor is a sweep forgotten where the rate that it chose is given
+    row = next(line for line in readme.splitlines() if line.startswith('| `vanilla` |'))
+    assert '0.002: 14.0000' in row
+    assert lab('4', '--arms=vanilla', '--seeds=4', '--learning_rate=2e-3') == 0
+    readme = (tmp_path / 'results/4-cpu/README.md').read_text(encoding='utf-8')
+    assert row in readme.splitlines() and readme.count('python experiments.py') == 3
 
 
 def test_equal_seconds_and_flops_go_by_the_runs_of_equal_steps(lab, tmp_path):
