@@ -150,8 +150,9 @@ def main():
                 command = [sys.executable, __file__, '--arm', name, '--text', str(text)]
                 environment = {**os.environ, 'HF_DATASETS_OFFLINE': '1'}
                 # its errors are not caught: they are seen
-                pipe = subprocess.PIPE
-                done = subprocess.run(command, stdout=pipe, text=True, env=environment, check=False)
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, text=True, env=environment, check=False
+                )
                 if done.returncode:
                     sys.exit(f'the arm {name} ended with {done.returncode}')
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
