@@ -21,6 +21,7 @@ from checkpoint import MODELS
 from configurator import ConfigError
 
 # Takes train.py's place: the same arguments and files, a loss that is a formula, no torch.
+RATES = '--rates=1e-3,2e-3,4e-3'
 STAND_IN = """
 import ast, json, math, signal, sys, time
 from pathlib import Path
@@ -163,8 +164,14 @@ def test_the_published_size_of_leap():
         assert (k.lr_schedule, k.min_lr, k.beta2, k.weight_decay) == ('linear', 0, 0.999, 0.01)
 
 
+@pytest.mark.parametrize('text', ['1e-3,', 'a', '0,1e-3', '-1', 'nan', 'inf'])
+def test_rates_are_positive_numbers(lab, text):
+    with pytest.raises(ConfigError, match=f'--rates={text}: positive numbers'):
+        lab('4', f'--rates={text}')
+
+
 def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys):
-    assert lab('4', '--arms=vanilla,reflex_all', '--seeds=2', '--jobs=3') == 0
+    assert lab('4', '--arms=vanilla,reflex_all', '--seeds=2', '--jobs=3', RATES) == 0
     swept = losses(tmp_path, '4-cpu-lr')
     # the best rate of reflex_all is 8e-3, beyond the first three: the edge is pushed out until it is none
     assert set(swept) == {
@@ -184,7 +191,8 @@ def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys
     readme = (tmp_path / 'results/4-cpu/README.md').read_text(encoding='utf-8')
     assert '| `reflex_all` |' in readme and '0.008: 14.0000' in readme
     command = (
-        'python experiments.py 4 --scale=cpu --seeds=2 --jobs=3 --arms=vanilla,reflex_all --max_iters=12'
+        'python experiments.py 4 --scale=cpu --seeds=2 --jobs=3 --arms=vanilla,reflex_all '
+        f'{RATES} --max_iters=12'
     )
     assert f'\n{command}\n' in readme
     assert str(tmp_path) not in readme
@@ -192,10 +200,10 @@ def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys
     assert 'vanilla seed1: validation loss 4.0100' in told and 'compare.py results/4-cpu' in told
     # the same command again: nothing is run
     before = len(calls(tmp_path))
-    assert lab('4', '--arms=vanilla,reflex_all', '--seeds=2', '--jobs=3') == 0
+    assert lab('4', '--arms=vanilla,reflex_all', '--seeds=2', '--jobs=3', RATES) == 0
     assert len(calls(tmp_path)) == before == len(set(calls(tmp_path)))
     # more seeds and more arms add to it
-    assert lab('4', 'peers', '--arms=vanilla,cla', '--seeds=3', '--jobs=3') == 0
+    assert lab('4', 'peers', '--arms=vanilla,cla', '--seeds=3', '--jobs=3', RATES) == 0
     assert len(calls(tmp_path)) == before + 1 + 3 + 3
     readme = (tmp_path / 'results/4-cpu/README.md').read_text(encoding='utf-8')
     assert (
@@ -329,7 +337,7 @@ def test_a_finished_sweep_of_other_settings_chooses_no_rate(lab, tmp_path):
     assert lab(*common) == 0
     shutil.rmtree(tmp_path / 'results/4-cpu')
     for other in ('--optimizer=muon', '--sweep_iters=5'):
-        with pytest.raises(ConfigError, match=r'4-cpu-lr/vanilla-lr0\.001/seed1000 holds a run with other'):
+        with pytest.raises(ConfigError, match=r'4-cpu-lr/vanilla-lr0\.005/seed1000 holds a run with other'):
             lab(*common, other)
 
 
