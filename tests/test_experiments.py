@@ -333,11 +333,11 @@ def test_other_settings_are_refused(lab, tmp_path):
 
 
 def test_a_finished_sweep_of_other_settings_chooses_no_rate(lab, tmp_path):
-    common = ('4', '--arms=vanilla', '--seeds=1')
+    common = ('4', '--arms=vanilla', '--seeds=1', RATES)
     assert lab(*common) == 0
     shutil.rmtree(tmp_path / 'results/4-cpu')
-    for other in ('--optimizer=muon', '--sweep_iters=5'):
-        with pytest.raises(ConfigError, match=r'4-cpu-lr/vanilla-lr0\.005/seed1000 holds a run with other'):
+    for other in ('--optimizer=adamw', '--sweep_iters=5'):
+        with pytest.raises(ConfigError, match=r'4-cpu-lr/vanilla-lr0\.001/seed1000 holds a run with other'):
             lab(*common, other)
 
 
