@@ -326,14 +326,14 @@ class Runner:
 # An experiment at a scale
 
 
-def positive_numbers(name: str, text: str) -> tuple:
-    """Those of a list separated by commas; ConfigError for anything else."""
+def first_rates(text: str) -> tuple:
+    """Those that --rates gives, separated by commas; ConfigError for anything but positive numbers."""
     try:
         values = tuple(float(number) for number in text.split(','))
     except ValueError:
         values = ()
-    if not all(0 < value < math.inf for value in values) or not values:
-        raise ConfigError(f'{name}={text}: positive numbers, separated by commas, as in 1e-3,2e-3')
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ConfigError(f'--rates={text}: positive numbers, separated by commas, as in 1e-3,2e-3')
     return values
 
 
@@ -347,7 +347,7 @@ class Plan:
         self.args, self.extra = args, extra
         self.scale = SCALES[args.scale]
         if args.rates:
-            self.scale = replace(self.scale, rates=positive_numbers('--rates', args.rates))
+            self.scale = replace(self.scale, rates=first_rates(args.rates))
         own = [Path(name) for name in args.experiments if name.endswith('.py')]
         names = [name for name in args.experiments if not name.endswith('.py')]
         for name in names:
