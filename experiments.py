@@ -167,7 +167,7 @@ EXPERIMENTS = {
         'Which plan is best: other lags, keys and values apart, layer 0, learned shares?',
         configs(
             *('reflex_4211', 'reflex_all_oldest', 'reflex_values', 'reflex_keys', 'reflex_all_values'),
-            *('first_62', 'first_422', 'first_values_422', 'skip_v1_26', 'learned_split'),
+            *('first_62', 'first_422', 'first_values_422', 'skip_v1_26', 'skip_v1_residual', 'learned_split'),
         ),
         beside='4',
     ),

@@ -409,7 +409,10 @@ class HeadPlanAttention(nn.Module):
 
 class ValueResidualAttention(HeadPlanAttention):
     """Values are λ v_l + (1 - λ) v_0, of this layer and of layer 0, with a learned λ per layer that starts at
-    0.5: the learnable ResFormer (Zhou et al., 2024, arXiv:2410.17897)."""
+    0.5: the learnable ResFormer (Zhou et al., 2024, arXiv:2410.17897).
+
+    Where the plan lets heads take layer 0's values as they are, the others, which come first, mix theirs.
+    """
 
     def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
         super().__init__(config, plan, layer)
@@ -417,8 +420,9 @@ class ValueResidualAttention(HeadPlanAttention):
         self.description += ', value residual'
 
     def read(self, k, v, memory: Memory, cache: KVCache | None):
-        _, (first,) = memory.published[0]  # (B, n_head, S, hs)
-        v = self.own_share * v + (1 - self.own_share) * first[:, :, -v.size(2) :]
+        _, first = memory.published[0]  # pieces (B, heads, S, hs), S >= T, that are n_head heads together
+        first = join([piece[:, :, -v.size(2) :] for piece in first])[:, : self.n_value]  # (B, n_value, T, hs)
+        v = self.own_share * v + (1 - self.own_share) * first
         return super().read(k, v, memory, cache)
 
 
@@ -485,6 +489,7 @@ class LearnedSplitAttention(HeadPlanAttention):
 # What layers after the first are made of, where a plan alone does not say it; layer 0 has nothing to mix.
 MIXERS = {
     'value_residual': ValueResidualAttention,
+    'first_residual': ValueResidualAttention,
     'lime': LimeAttention,
     'learned_split': LearnedSplitAttention,
 }

@@ -130,8 +130,9 @@ PLANS = {
     'reflex_all_values': reflex_all_values,
     'first': first,
     'cla': cla,
-    # MIXERS of model.py mix what earlier layers computed; the keys and values of their own are vanilla's
+    # MIXERS of model.py mix what earlier layers computed with what the plan gives a layer of its own
     'value_residual': vanilla,
+    'first_residual': first,
     'lime': vanilla,
     'learned_split': vanilla,
 }

@@ -1,6 +1,7 @@
 """Plans beyond the published three and the closest published peers, against the per-head reference."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ VARIANTS = {
     'reflex_all oldest': {'attention': 'reflex_all_oldest'},
     'reflex_all values': {'attention': 'reflex_all_values'},
     'value residual': {'attention': 'value_residual'},
+    'SkipV1Former, value residual': {'attention': 'first_residual', 'head_split': '8/4-4'},
+    'first 8/4-2-2, value residual': {'attention': 'first_residual', 'head_split': '8/4-2-2'},
     'LIMe': {'attention': 'lime'},
     'learned split': {'attention': 'learned_split'},
 }
@@ -71,13 +74,14 @@ SOURCES = {
 }
 
 
-def read_value_residual(model):
+def read_value_residual(model, source):
     def read(l, h, past):
-        keys, own, first = past[l][0][:, :, h], past[l][1][:, :, h], past[0][1][:, :, h]
-        if l == 0:
-            return keys, own
-        share = model.transformer.h[l].attn.own_share
-        return keys, share * own + (1 - share) * first
+        (key_layer, _), (value_layer, _) = source(l)[h]
+        keys, values = past[key_layer][0][:, :, h], past[value_layer][1][:, :, h]
+        if value_layer == 0:
+            return keys, values
+        share = model.transformer.h[value_layer].attn.own_share  # of the layer that made the value
+        return keys, share * values + (1 - share) * past[0][1][:, :, h]
 
     return read
 
@@ -110,7 +114,17 @@ def read_learned_split(model):
     return read
 
 
-MIXED = {'value residual': read_value_residual, 'LIMe': read_lime, 'learned split': read_learned_split}
+# what the plan alone would read; own values are mixed
+RESIDUAL = {
+    'value residual': split(OWN, OWN),
+    'SkipV1Former, value residual': SOURCES['SkipV1Former'],
+    'first 8/4-2-2, value residual': split(OWN, [0] * 4 + [1] * 2 + [FIRST] * 2),
+}
+MIXED = {
+    **{variant: partial(read_value_residual, source=source) for variant, source in RESIDUAL.items()},
+    'LIMe': read_lime,
+    'learned split': read_learned_split,
+}
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -171,6 +185,7 @@ def test_heads_produced():
         return [block.attn.heads_produced() for block in build(variant).transformer.h]
 
     assert produced('SkipV1Former') == [(8, 8)] + [(8, 4)] * 5
+    assert produced('SkipV1Former, value residual') == produced('SkipV1Former')
     assert produced('CLA') == [(8, 8), (0, 0)] * 3
     assert produced('first 6-2') == [(8, 8)] + [(6, 6)] * 5
     assert produced('own keys, values 4-2-2') == [(8, 8)] * 4 + [(8, 6), (8, 4)]
@@ -226,7 +241,7 @@ def test_weight_decay_does_not_even_out_what_is_learned_per_layer():
 
 def test_mixers_do_not_load_into_one_another():
     vanilla = GPT(GPTConfig(**SMALL), seed=0)
-    for attention in ('value_residual', 'lime', 'learned_split'):
+    for attention in ('value_residual', 'first_residual', 'lime', 'learned_split'):
         with pytest.raises((RuntimeError, ValueError)):
             vanilla.load_state_dict(GPT(GPTConfig(**SMALL, attention=attention), seed=0).state_dict())
 
