@@ -640,7 +640,7 @@ def draw_difference(c: Comparison):
         d = arm.difference
         left.plot(d.values, [row] * len(d.values), 'o', color=arm.colour, alpha=0.35, markersize=4)
         if d.low is not None:
-            left.plot([d.low, d.high], [row, row], linewidth=2, **style(arm))
+            left.plot([d.low, d.high], [row, row], color=arm.colour, linewidth=2)
         left.plot(d.mean, row, 'D', color=arm.colour, markersize=6)
         curve = [p for p in c.points[arm.name] if p['difference'] is not None]
         xs = [p['iter'] for p in curve]
@@ -658,6 +658,7 @@ def draw_difference(c: Comparison):
         lowest = max(value, lowest + apart)
         place = {'xycoords': ('axes fraction', 'data'), 'va': 'center', 'fontsize': 8}
         right.annotate(arm.name, (1.01, lowest), color=arm.colour, **place)
+    left.locator_params(axis='x', nbins=6)  # more of such long numbers would run into one another
     left.set_yticks(range(len(compared)), [a.name for a in compared])
     left.set_ylim(len(compared) - 0.5, -0.5)
     left.set_xlabel(
