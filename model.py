@@ -416,6 +416,12 @@ class ValueResidualAttention(HeadPlanAttention):
 
     def __init__(self, config: GPTConfig, plan: HeadPlan, layer: int):
         super().__init__(config, plan, layer)
+        if plan.values[0][: self.n_value] != plan.values[layer]:
+            raise ValueError(
+                f'a value residual mixes head by head, but layer {layer} makes the values of heads '
+                f'{plan.values[layer]} and layer 0 those of {plan.values[0]}: let the heads that take values '
+                'of other layers come last'
+            )
         self.own_share = nn.Parameter(torch.tensor(0.5))  # λ
         self.description += ', value residual'
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
+from plans import PLANS, Head
 from test_model import SMALL, check_against_reference, read_plan, tokens
 
 VARIANTS = {
@@ -240,10 +241,32 @@ def test_weight_decay_does_not_even_out_what_is_learned_per_layer():
 
 
 def test_mixers_do_not_load_into_one_another():
-    vanilla = GPT(GPTConfig(**SMALL), seed=0)
-    for attention in ('value_residual', 'first_residual', 'lime', 'learned_split'):
+    """Nor into the plan that they stand on, whose weights are the same but for what mixes."""
+    plans = {
+        'value_residual': 'vanilla',
+        'first_residual': 'first',
+        'lime': 'vanilla',
+        'learned_split': 'vanilla',
+    }
+    for attention, plan in plans.items():
+        alone = GPT(GPTConfig(**SMALL, attention=plan), seed=0)
         with pytest.raises((RuntimeError, ValueError)):
-            vanilla.load_state_dict(GPT(GPTConfig(**SMALL, attention=attention), seed=0).state_dict())
+            alone.load_state_dict(GPT(GPTConfig(**SMALL, attention=attention), seed=0).state_dict())
+
+
+def test_a_value_residual_refuses_a_plan_whose_heads_it_would_mix_up(monkeypatch):
+    """Here the first half of the heads take layer 0's values: those of the second half are a layer's own."""
+
+    def skip_first(config):
+        own = range(config.n_head // 2, config.n_head)
+        return [
+            [Head((l, h), (l if h in own else 0, h)) for h in range(config.n_head)]
+            for l in range(config.n_layer)
+        ]
+
+    monkeypatch.setitem(PLANS, 'first_residual', skip_first)
+    with pytest.raises(ValueError, match=r'layer 1 makes the values of heads \[4, 5, 6, 7\].*come last'):
+        GPT(GPTConfig(**SMALL, attention='first_residual'), seed=0)
 
 
 @pytest.mark.parametrize('head_split', ['8/', '/8', '8/4-2-1', '4-4/8/8', '8/4-0-4'])
