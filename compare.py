@@ -28,7 +28,7 @@ from pathlib import Path
 import matplotlib
 from scipy import stats
 
-from metrics import METRICS, RUN, read_jsonl
+from metrics import BEFORE, METRICS, RUN, read_jsonl
 
 matplotlib.use('Agg')  # needs no display
 import matplotlib.pyplot as plt
@@ -193,7 +193,9 @@ def _natural(path: Path):
 
 def what_is_learned(config: dict) -> dict:
     """The knobs that decide what a run learns, of where it started only whether from other weights."""
-    learned = {name: value for name, value in config.items() if name not in SESSION}
+    learned = {name: value for name, value in {**BEFORE, **config}.items() if name not in SESSION}
+    if config.get('optimizer') != 'muon':
+        del learned['muon_qkv']
     if config.get('init_from') not in (None, 'scratch', 'resume', 'auto'):
         learned['init_from'] = config['init_from']
     return learned

@@ -38,7 +38,7 @@ from pathlib import Path
 import train
 from checkpoint import CheckpointError, FolderLock
 from compare import Arm, CompareError, Run, find_runs, read_run, unlike
-from configurator import ConfigError, configure, from_dict
+from configurator import ConfigError, configure
 from metrics import METRICS, RUN, read_jsonl
 from tokendata import DataError, open_data
 
@@ -500,7 +500,7 @@ def refuse_other_settings(plan: Plan):
         later = [plan.job(plan.tree, arm, seed, 1e-3) for arm in arms for seed in plan.seeds]
     for job in [*sweep, *jobs, *later]:
         run = job.done()
-        then = from_dict(train.Knobs, run.config, str(job.results / RUN)) if run else job.knobs
+        then = train.saved_knobs(run.config, str(job.results / RUN)) if run else job.knobs
         knobs = unlike(asdict(job.knobs), asdict(then))
         told = [
             f'{name}={was!r} (now {now!r})'

@@ -22,6 +22,8 @@ from checkpoint import CheckpointError, write_failed, write_text
 
 ROOT = Path(__file__).resolve().parent
 METRICS, RUN = 'metrics.jsonl', 'run.json'
+# What runs did that do not name these knobs, because they are older, where that is not today's default
+BEFORE = {'muon_qkv': 'whole'}
 WANDB_SECONDS = 60  # that wandb gets at the end to send what is left
 
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s, by a part of the device's name; the first match counts.

@@ -334,6 +334,8 @@ class HeadPlanAttention(nn.Module):
         heads = list(range(n_head))  # rows of the full projection: queries, then keys, then values
         heads += [n_head + h for h in plan.keys[layer]] + [2 * n_head + h for h in plan.values[layer]]
         self.c_attn = HeadLinear(config.n_embd, self.head_size, heads, 3 * n_head, bias=config.bias)
+        counts = (n_head, self.n_key, self.n_value)
+        self.c_attn.matrix_rows = [n * self.head_size for n in counts if n]  # for Muon
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         # over each head's numbers, one weight for all heads of the layer (as Qwen 3, Gemma 3)
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()

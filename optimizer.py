@@ -18,8 +18,10 @@ def make_optimizer(model, k, device_type: str):
     for group in adamw.param_groups:
         group['params'] = [p for p in group['params'] if id(p) not in ids]
     lr = k.muon_learning_rate or k.learning_rate
-    muon = Muon(matrices, lr, k.weight_decay, lr_ratio=lr / k.learning_rate if k.learning_rate else 1.0)
-    return Together(muon, adamw)
+    ratio = lr / k.learning_rate if k.learning_rate else 1.0
+    blocks = matrix_blocks(model) if k.muon_qkv == 'apart' else {}
+    sizes = [blocks.get(id(p)) for p in matrices]
+    return Together(Muon(matrices, lr, k.weight_decay, lr_ratio=ratio, sizes=sizes), adamw)
 
 
 def hidden_matrices(model) -> list[nn.Parameter]:
@@ -29,31 +31,52 @@ def hidden_matrices(model) -> list[nn.Parameter]:
     return [w for w in weights if w.requires_grad and id(w) not in tables]
 
 
+def matrix_blocks(model) -> dict[int, list[int]]:
+    """{id of a weight: row counts} of weights that are several matrices, one above the other: the layer says
+    so in `matrix_rows`, as that of queries, keys and values does."""
+    return {id(m.weight): m.matrix_rows for m in model.modules() if hasattr(m, 'matrix_rows')}
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal before it is applied (Jordan et al., 2024), with decoupled decay.
 
     Updates have the root mean square of AdamW's, 0.2 (Liu et al., 2025), so that learning rates compare.
     torch.optim.Muon computes the same in bf16, which takes 14 times as long on a CPU without it (SPEED.md).
+
+    sizes: for each parameter None, or the row counts of the matrices that it consists of: each of those is
+    orthogonalised by itself. As one matrix, how much of the update queries and keys get would depend on how
+    many rows the values have, which a head plan changes.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95, lr_ratio: float = 1.0):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        lr_ratio: float = 1.0,
+        sizes: list[list[int] | None] | None = None,
+    ):
+        params = list(params)
         defaults = {'lr': lr, 'weight_decay': weight_decay, 'momentum': momentum, 'lr_ratio': lr_ratio}
-        super().__init__(params, defaults)
+        super().__init__([{'params': params, 'sizes': sizes or [None] * len(params)}], defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
-            for p in group['params']:
+            for p, sizes in zip(group['params'], group['sizes'], strict=True):
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
                     state['momentum_buffer'] = torch.zeros_like(p)
                 buffer = state['momentum_buffer'].lerp_(p.grad, 1 - momentum)
-                update = orthogonal(p.grad.lerp(buffer, momentum))
+                update = p.grad.lerp(buffer, momentum)
                 p.mul_(1 - lr * group['weight_decay'])
-                p.add_(update, alpha=-0.2 * lr * math.sqrt(max(p.shape)))
+                rows = [p.size(0)] if sizes is None else sizes
+                for part, own in zip(p.split(rows), update.split(rows), strict=True):
+                    part.add_(orthogonal(own), alpha=-0.2 * lr * math.sqrt(max(part.shape)))
 
 
 QUINTIC = 3.4445, -4.775, 2.0315  # x -> 3.4445 x - 4.775 x^3 + 2.0315 x^5 (Jordan et al., 2024)

@@ -115,6 +115,7 @@ class Knobs:
     # optimizer
     optimizer: str = 'adamw'  # adamw | muon (for the matrices inside the blocks, AdamW for the rest)
     learning_rate: float = 1e-3  # the highest, after warm-up
+    muon_qkv: str = 'apart'  # queries, keys, values to muon: apart (three matrices) | whole (c_attn as one)
     muon_learning_rate: float = 0.0  # of muon's matrices, on the same schedule; 0 = learning_rate
     max_iters: int = 5000  # optimizer steps
     weight_decay: float = 0.1  # on matrices; norms and biases do not decay
@@ -161,6 +162,7 @@ def check(k: Knobs):
     choices = {
         'model': tuple(checkpoint.MODELS),
         'optimizer': ('adamw', 'muon'),
+        'muon_qkv': ('apart', 'whole'),
         'lr_schedule': ('cosine', 'linear'),
         'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
         'backend': ('auto', 'nccl', 'gloo'),
@@ -370,6 +372,11 @@ class TrainingError(Exception):
     """Training cannot go on; one line says why."""
 
 
+def saved_knobs(config: dict, where) -> Knobs:
+    """The knobs that a run.json has under 'config'; where: its path, for errors. ConfigError."""
+    return from_dict(Knobs, {**metrics.BEFORE, **config} if isinstance(config, dict) else config, where)
+
+
 def resume_knobs(k: Knobs, given: dict, say) -> Knobs:
     """The knobs of the interrupted run, from its run.json, with those given now on top.
 
@@ -377,7 +384,7 @@ def resume_knobs(k: Knobs, given: dict, say) -> Knobs:
     """
     path = Path(k.out_dir) / metrics.RUN
     try:
-        saved = from_dict(Knobs, json.loads(path.read_text(encoding='utf-8'))['config'], path)
+        saved = saved_knobs(json.loads(path.read_text(encoding='utf-8'))['config'], path)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(
             f'{path}, with the knobs of the run, cannot be read ({type(e).__name__}: {e}): put it back, or '

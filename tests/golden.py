@@ -4,8 +4,8 @@
     python tests/golden.py --check=/tmp/golden.json        # after each step; 1 if a number differs
 
 Trains each arm for 20 steps in fp32 and in bf16, uncompiled, and keeps loss and gradient norm of every step
-and both evaluations, as metrics.jsonl has them (all digits). The numbers belong to one machine and one version
-of torch, so none are committed.
+and both evaluations, as metrics.jsonl has them (all digits). The numbers belong to one machine and one
+version of torch, so none are committed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ ARMS = {
 }
 SMALL = (
     '--dataset=stdlib --device=cpu --compile=false --threads=1 --batch_size=4 --n_layer=6 --n_head=8 '
-    '--n_embd=64 --block_size=64 --max_iters=20 --warmup_iters=5 --log_interval=1 --eval_interval=20 --eval_iters=2'
+    '--n_embd=64 --block_size=64 --max_iters=20 --warmup_iters=5 --log_interval=1 --eval_interval=20 '
+    '--eval_iters=2'
 ).split()
 KEPT = ('iter', 'loss', 'grad_norm', 'lr', 'train/loss', 'val/loss')
 

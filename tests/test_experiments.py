@@ -25,7 +25,7 @@ RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at t
 STAND_IN = """
 import ast, json, math, signal, sys, time
 from pathlib import Path
-config = {}
+config = {'muon_qkv': 'apart'}
 for argument in sys.argv[1:]:
     if argument.endswith('.py'):
         exec(Path(argument).read_text(encoding='utf-8'), {}, config)

@@ -1,5 +1,6 @@
 """What only speed explains changes no result; Muon does what it says, and resumes."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -255,7 +256,7 @@ def test_the_quintic_is_torchs():
 def test_muon_takes_the_matrices_and_adamw_the_rest():
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=True), seed=1)
     knobs = {'weight_decay': 0.1, 'learning_rate': 1e-2, 'beta1': 0.9, 'beta2': 0.98}
-    k = SimpleNamespace(optimizer='muon', muon_learning_rate=2e-2, **knobs)
+    k = SimpleNamespace(optimizer='muon', muon_learning_rate=2e-2, muon_qkv='apart', **knobs)
     optimizer = make_optimizer(model, k, 'cpu')
     muon, *adamw = optimizer.param_groups
     taken = {name for name, p in model.named_parameters() if any(p is q for q in muon['params'])}
@@ -265,6 +266,50 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert not {id(p) for p in rest} & {id(p) for p in hidden_matrices(model)}
     assert muon['lr_ratio'] == 2.0 and adamw[0]['weight_decay'] == 0.1 and adamw[1]['weight_decay'] == 0.0
     assert isinstance(optimizer, Together)
+
+
+@pytest.mark.parametrize('plan', [{'attention': 'vanilla'}, {'attention': 'first', 'head_split': '4/2-2'}])
+def test_queries_keys_and_values_are_matrices_of_their_own_to_muon(plan):
+    """As if they were three parameters; what a plan does to the values' rows does not reach q and k."""
+    shape = {'block_size': 16, 'vocab_size': 64, 'n_layer': 2, 'n_head': 4, 'n_embd': 32}
+    model = GPT(GPTConfig(**shape, **plan), seed=1)
+    knobs = {
+        'weight_decay': 0.1,
+        'learning_rate': 1e-2,
+        'beta1': 0.9,
+        'beta2': 0.98,
+        'muon_learning_rate': 0.0,
+    }
+    optimizer = make_optimizer(model, SimpleNamespace(optimizer='muon', muon_qkv='apart', **knobs), 'cpu')
+    layer = model.transformer.h[1].attn
+    whole = layer.c_attn.weight
+    rows = [n * 8 for n in (4, *layer.heads_produced())]
+    assert sum(rows) == whole.size(0)
+    parts = [torch.nn.Parameter(part.clone()) for part in whole.detach().split(rows)]
+    by_themselves = Muon(parts, lr=1e-2, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for part, grad in zip(parts, whole.grad.split(rows), strict=True):
+            part.grad = grad.clone()
+        optimizer.step()
+        by_themselves.step()
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=1e-6)
+
+
+def test_a_run_from_before_the_knob_goes_on_as_it_was(tmp_path):
+    """run.json without muon_qkv is of a version that took c_attn as one matrix."""
+    data = write_tokens(tmp_path / 'tokens')
+    knobs = {'optimizer': 'muon', 'lr_decay_iters': 12}
+    start(tmp_path / 'straight', data, muon_qkv='whole', **knobs)
+    start(tmp_path / 'resumed', data, muon_qkv='whole', max_iters=5, **knobs)
+    path = tmp_path / 'resumed' / 'run.json'
+    run = json.loads(path.read_text(encoding='utf-8'))
+    del run['config']['muon_qkv']
+    path.write_text(json.dumps(run), encoding='utf-8')
+    resume(tmp_path / 'resumed', max_iters=12)
+    assert_same_run(tmp_path / 'straight', tmp_path / 'resumed')
 
 
 def test_muon_resumes_bit_for_bit(tmp_path):
