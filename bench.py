@@ -31,13 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import metrics
 import train
-from checkpoint import CheckpointError, load_model
 from configurator import ConfigError, configure
-from optimizer import make_optimizer
-from system import autocast_for, keep_memory, pick_device, pick_dtype
-from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
+from data.tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
+from runs import metrics
+from runs.checkpoint import CheckpointError, load_model
+from runs.optimizer import make_optimizer
+from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
 
 ROOT = Path(__file__).resolve().parent
 NANOGPT = ('nanoGPT (README)', 'nanoGPT (best)')

@@ -28,7 +28,7 @@ from pathlib import Path
 import matplotlib
 from scipy import stats
 
-from metrics import BEFORE, METRICS, RUN, read_jsonl
+from runs.metrics import BEFORE, METRICS, RUN, read_jsonl
 
 matplotlib.use('Agg')  # needs no display
 import matplotlib.pyplot as plt

@@ -22,17 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import pretrained
 from configurator import ConfigError, configure
-from loss import linear_cross_entropy
+from data.sources import CorpusError, TextFile, named
+from data.tokendata import DataError, eval_batch, open_data
+from data.tokenizer import TokenizerError, from_spec
+from data.tokenizer import load as load_tokenizer
+from layers.loss import linear_cross_entropy
 from model import GPT
+from runs import checkpoint, pretrained
+from runs.system import autocast_for, pick_device, pick_dtype
 from sample import document_start
-from sources import CorpusError, TextFile, named
-from system import autocast_for, pick_device, pick_dtype
-from tokendata import DataError, eval_batch, open_data
-from tokenizer import TokenizerError, from_spec
-from tokenizer import load as load_tokenizer
 from train import bytes_per_token, data_folder
 
 

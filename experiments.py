@@ -36,11 +36,11 @@ from functools import cache
 from pathlib import Path
 
 import train
-from checkpoint import CheckpointError, FolderLock
 from compare import Arm, CompareError, Run, find_runs, read_run, unlike
 from configurator import ConfigError, configure
-from metrics import METRICS, RUN, read_jsonl
-from tokendata import DataError, open_data
+from data.tokendata import DataError, open_data
+from runs.checkpoint import CheckpointError, FolderLock
+from runs.metrics import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parent
 PROGRAM = ROOT / 'train.py'

@@ -22,12 +22,12 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
 from configurator import ConfigError, configure
-from leap import Mean
+from data.tokenizer import TokenizerError, from_spec
+from layers.leap import Mean
 from model import GPT
+from runs import checkpoint
 from sample import document_start, read_prompt
-from tokenizer import TokenizerError, from_spec
 
 matplotlib.use('Agg')  # needs no display
 import matplotlib.pyplot as plt

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from configurator import ConfigError, configure
+from data.tokenizer import TokenizerError, from_spec
 from hierarchy import Hierarchy
 from model import GPT, LanguageModel
-from pretrained import ACTIVATIONS, TRANSPOSED
-from tokenizer import TokenizerError, from_spec
+from runs import checkpoint
+from runs.pretrained import ACTIVATIONS, TRANSPOSED
 
 try:
     import tokenizers

@@ -27,7 +27,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from loss import linear_cross_entropy
+from layers.loss import linear_cross_entropy
+from layers.plans import Head, HeadPlan
 from model import (
     MLPS,
     NORMS,
@@ -44,7 +45,6 @@ from model import (
     flops,
     make_attentions,
 )
-from plans import Head, HeadPlan
 
 LATENT_WARMUP = 0.2  # of training: the weight of the latent loss rises to its coefficient
 

@@ -31,9 +31,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from leap import WINDOWED, layer_windows
-from loss import linear_cross_entropy
-from plans import PLANS, HeadPlan
+from layers.leap import WINDOWED, layer_windows
+from layers.loss import linear_cross_entropy
+from layers.plans import PLANS, HeadPlan
 
 
 @dataclass(frozen=True)

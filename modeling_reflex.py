@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hierarchy import Hierarchy, HierarchyConfig
-from leap import WindowedAttention
+from layers.leap import WindowedAttention
 from model import GPT, GPTConfig
 
 # what transformers calls the cache that goes into forward and comes out of it: renamed in 5.24
@@ -321,28 +321,35 @@ LeapForCausalLM = ReflexForCausalLM  # the name of the published package
 
 
 def one_file(path: Path) -> str:
-    """The module at path and the modules beside it that it imports, the imported first, as one source text.
+    """The module at path and the modules of its project that it imports (beside it, or in folders beside it),
+    the imported first, as one source text.
 
     Raises ValueError where two of them give the same name to different things.
     """
     parts, owner = [], {}
 
-    def add(path: Path):
-        text = path.read_text(encoding='utf-8')
+    def source_of(module: str | None) -> Path | None:
+        """The file of a module of the project; None for any other."""
+        file = path.parent.joinpath(*module.split('.')).with_suffix('.py') if module else None
+        return file if file and file.exists() else None
+
+    def add(file: Path):
+        text = file.read_text(encoding='utf-8')
         lines = text.splitlines()
         for node in ast.parse(text).body:
-            module = getattr(node, 'module', None) if isinstance(node, ast.ImportFrom) else None
-            if module == '__future__' or (module and path.with_name(f'{module}.py').exists()):
-                if module != '__future__' and path.with_name(f'{module}.py') not in owner.values():
-                    add(path.with_name(f'{module}.py'))
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            imported = source_of(module)
+            if imported or module == '__future__':
+                if imported and imported not in owner.values():
+                    add(imported)
                 lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
             names = [getattr(node, 'name', None)]
             if isinstance(node, (ast.Assign, ast.AnnAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 names = [t.id for t in targets if isinstance(t, ast.Name)]
             for name in filter(None, names):
-                if owner.setdefault(name, path) != path:
-                    raise ValueError(f'{name} is defined in {owner[name].name} and in {path.name}')
+                if owner.setdefault(name, file) != file:
+                    raise ValueError(f'{name} is defined in {owner[name].name} and in {file.name}')
         parts.append('\n'.join(line for line in lines if line is not None).strip())
 
     add(path)

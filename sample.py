@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from configurator import ConfigError, configure
-from system import autocast_for, pick_device, pick_dtype
-from tokenizer import TokenizerError, from_spec
+from data.tokenizer import TokenizerError, from_spec
+from runs import checkpoint
+from runs.system import autocast_for, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)

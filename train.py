@@ -36,16 +36,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import metrics
-import pretrained
 from configurator import ConfigError, configure, from_dict
+from data.tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
+from data.tokenizer import TokenizerError, from_spec
 from model import GPTConfig, LanguageModel
-from optimizer import make_optimizer
+from runs import checkpoint, metrics, pretrained
+from runs.optimizer import make_optimizer
+from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
 from sample import document_start, stream_text
-from system import autocast_for, keep_memory, pick_device, pick_dtype
-from tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
-from tokenizer import TokenizerError, from_spec
 
 ROOT = Path(__file__).resolve().parent
 tqdm.set_lock(threading.RLock())  # its default takes a semaphore, which `leave` would leave behind

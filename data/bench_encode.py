@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import corpus
-from sources import file_source, paths, text_sha256
-from tokenizer import load
+from data import corpus
+from data.sources import file_source, paths, text_sha256
+from data.tokenizer import load
 
 
 def prepare(text, folder):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from corpus import report, run
-from tokendata import open_data
-from tokenizer import from_spec, load
+from data.corpus import report, run
+from data.tokendata import open_data
+from data.tokenizer import from_spec, load
 
 BLOCK = 1 << 22  # tokens counted at a time
 

@@ -6,7 +6,7 @@ WHAT_THEN: 'go on', 'die' (rank 1 is killed), or 'die once' (unless torchrun has
 import os
 import sys
 
-import runs
+import tiny
 import train
 
 if __name__ == '__main__':
@@ -16,7 +16,7 @@ if __name__ == '__main__':
         print(f'rank {os.environ["RANK"]} at step {step}', flush=True)
         again = os.environ['TORCHELASTIC_RESTART_COUNT'] != '0'
         if os.environ['RANK'] == '1' and (then == 'die' or (then == 'die once' and not again)):
-            runs.kill_me()
+            tiny.kill_me()
 
-    runs.at_step_after_saves(int(step), action)
+    tiny.at_step_after_saves(int(step), action)
     train.run(argv)

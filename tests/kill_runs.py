@@ -25,11 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import checkpoint  # noqa: E402
-import metrics  # noqa: E402
-import runs  # noqa: E402
+import tiny  # noqa: E402
+from runs import checkpoint, metrics  # noqa: E402
 
-KNOBS = {**runs.TINY, 'max_iters': 40, 'eval_interval': 10, 'checkpoint_interval': 4, 'lr_decay_iters': 40}
+KNOBS = {**tiny.TINY, 'max_iters': 40, 'eval_interval': 10, 'checkpoint_interval': 4, 'lr_decay_iters': 40}
 SAVES = 10  # that a run makes
 
 
@@ -44,7 +43,7 @@ class CountedFile:
         self.file.flush()
         self.left -= len(chunk)
         if self.left <= 0:
-            runs.kill_me()
+            tiny.kill_me()
         return len(chunk)
 
     def __enter__(self):
@@ -65,7 +64,7 @@ def kill_in_save(number, moment):
         def call(*args, **kwargs):
             calls.append(function)
             if len(calls) == -moment:
-                runs.kill_me()
+                tiny.kill_me()
             return function(*args, **kwargs)
 
         return call
@@ -96,7 +95,7 @@ def iteration(out):
 def kill_and_resume(number, reference, data, folder, moments, seconds, size) -> dict:
     """One run, killed one to three times. moments: random.Random; seconds, size: of the reference."""
     out, kills, saved, stale = folder / f'run{number}', [], 0, set()
-    argv = runs.flags(out, dataset=data, init_from='auto', **KNOBS)
+    argv = tiny.flags(out, dataset=data, init_from='auto', **KNOBS)
     wanted = moments.randint(1, 3)
     while len(kills) < wanted:
         if (number + len(kills)) % 2:
@@ -105,7 +104,7 @@ def kill_and_resume(number, reference, data, folder, moments, seconds, size) -> 
             moment = moments.choice([moments.randrange(size), -moments.randint(1, 12)])
             limit, kind = 60, f'in a save, at byte {moment}' if moment >= 0 else f'in a save, call {-moment}'
             fault = partial(kill_in_save, moments.randint(1, SAVES // 2), moment)
-        program = runs.Program(argv, folder / f'run{number}.log', fault=fault)
+        program = tiny.Program(argv, folder / f'run{number}.log', fault=fault)
         program.process.join(limit)
         program.process.kill()
         if program.end() == 0:  # it was done before its moment came
@@ -136,10 +135,10 @@ def kill_and_resume(number, reference, data, folder, moments, seconds, size) -> 
             }
         )
         stale = torn
-    program = runs.Program(argv, folder / f'run{number}-end.log')
+    program = tiny.Program(argv, folder / f'run{number}-end.log')
     assert program.end(120) == 0, program.text()
     try:
-        runs.assert_same_run(reference, out)
+        tiny.assert_same_run(reference, out)
         identical = True
     except AssertionError as e:
         identical = str(e) or False
@@ -155,10 +154,10 @@ def main(argv) -> dict:
     moments, began = random.Random(options.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        data = runs.write_tokens(folder / 'tokens')
+        data = tiny.write_tokens(folder / 'tokens')
         for name in ('warm', 'reference'):  # the first one also starts the process that the others fork from
             started = time.monotonic()
-            program = runs.Program(runs.flags(folder / name, dataset=data, **KNOBS), folder / f'{name}.log')
+            program = tiny.Program(tiny.flags(folder / name, dataset=data, **KNOBS), folder / f'{name}.log')
             assert program.end() == 0, program.text()
         seconds = time.monotonic() - started
         reference = folder / 'reference'

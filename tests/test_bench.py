@@ -9,7 +9,7 @@ import torch
 import bench
 import train
 from configurator import ConfigError
-from runs import write_tokens
+from tiny import write_tokens
 
 TINY = ['--threads=1', '--compile=false', '--batch=2', '--block=16', '--vocab=64', '--rounds=3', '--steps=1']
 

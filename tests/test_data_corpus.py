@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpus
-import sources
-from corpus import Holdout, chunks, prepare
-from sources import ENDS, STARTS, CorpusError, Joined, Records, TextFile, cut, file_source, paths
-from tokendata import DataError, open_data
-from tokenizer import Bytes, Tiktoken, from_spec, train_bpe
+from data import corpus, sources
+from data.corpus import Holdout, chunks, prepare
+from data.sources import ENDS, STARTS, CorpusError, Joined, Records, TextFile, cut, file_source, paths
+from data.tokendata import DataError, open_data
+from data.tokenizer import Bytes, Tiktoken, from_spec, train_bpe
 
 DOCUMENTS = [
     'First document.\nTwo lines.',
@@ -456,7 +455,8 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
 DRIVER = """
     import os, signal, sys
     sys.path.insert(0, {root!r})
-    import corpus, sources
+    from data import corpus
+    from data import sources
 
     sources.PIECE, corpus.CHUNK, corpus.SMALL = 50, 300, 0
 

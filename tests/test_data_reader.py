@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
-import tokendata
-from corpus import prepare
-from sources import TextFile
-from tokendata import DataError, open_data
-from tokenizer import from_spec
+from data import tokendata
+from data.corpus import prepare
+from data.sources import TextFile
+from data.tokendata import DataError, open_data
+from data.tokenizer import from_spec
 
 BLOCK = 8
 

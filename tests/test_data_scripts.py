@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.tokendata import DataError, open_data
+from data.tokenizer import from_spec, train_bpe
 from fake_hub import COMMIT, serving
-from tokendata import DataError, open_data
-from tokenizer import from_spec, train_bpe
 
 SCRIPTS = (
     'openwebtext',
@@ -384,7 +384,7 @@ def test_without_a_network_the_message_says_what_to_do(root, tmp_path):
 def test_a_download_is_checked(tmp_path):
     import hashlib
 
-    from sources import CorpusError, download
+    from data.sources import CorpusError, download
 
     archive = tmp_path / 'enwik8.zip'
     with zipfile.ZipFile(archive, 'w') as file:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import eval as program
 from configurator import ConfigError
 from conftest import random_gpt
+from data.tokendata import FORMAT, eval_starts
+from data.tokenizer import Bytes, Chars, train_bpe
 from model import GPT, GPTConfig
-from tokendata import FORMAT, eval_starts
-from tokenizer import Bytes, Chars, train_bpe
+from runs import checkpoint
 
 TINY = GPTConfig(
     block_size=32, vocab_size=320, vocab_used=257, n_layer=3, n_head=4, n_embd=32, attention='reflex_all'

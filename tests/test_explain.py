@@ -8,11 +8,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import checkpoint
 import explain
 from configurator import ConfigError
+from data.tokenizer import Bytes
 from model import GPT, GPTConfig
-from tokenizer import Bytes
+from runs import checkpoint
 
 TEXT = 'Straße </script> & <b>"ё"</b>\nnot every word matters as much'
 

@@ -9,13 +9,13 @@ from dataclasses import MISSING, asdict, fields, replace
 import pytest
 import torch
 
-import checkpoint
 from conftest import random_gpt
+from data.tokenizer import Bytes, Chars, Tiktoken, train_bpe
 from hierarchy import HierarchyConfig
-from leap import WINDOWED
+from layers.leap import WINDOWED
+from layers.plans import PLANS
 from model import GPT, GPTConfig
-from plans import PLANS
-from tokenizer import Bytes, Chars, Tiktoken, train_bpe
+from runs import checkpoint
 
 transformers = pytest.importorskip('transformers')
 pytest.importorskip('accelerate')

@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import hierarchy
 import train
 from configurator import ConfigError, configure
 from conftest import random_gpt
 from hierarchy import Block, Hierarchy, HierarchyConfig
-from runs import assert_same_run, resume, start, write_tokens
+from runs import checkpoint
+from tiny import assert_same_run, resume, start, write_tokens
 
 SMALL = {
     'block_size': 24,
@@ -559,7 +559,7 @@ def test_the_model_is_loaded_again(trained):
 
 def test_the_validation_loss_is_that_of_the_tokens(trained):
     import eval as evaluation
-    from tokendata import open_data
+    from data.tokendata import open_data
 
     data, run = trained
     model, state = checkpoint.load_model(run, checkpoint.LAST)

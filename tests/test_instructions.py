@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-import pretrained
 import sample
 from configurator import ConfigError
 from conftest import CAPITALS, INSTRUCTIONS
-from tokenizer import Bytes, Chars
+from data.tokenizer import Bytes, Chars
+from runs import pretrained
 
 
 @pytest.fixture(scope='module')

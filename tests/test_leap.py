@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from leap import layer_windows
+from layers.leap import layer_windows
+from layers.windowed_mean import NEVER, RunningMean, mean_flops, windowed_mean
 from model import GPT, GPTConfig, Memory
-from windowed_mean import NEVER, RunningMean, mean_flops, windowed_mean
 
 SMALL = {'block_size': 96, 'vocab_size': 64, 'n_layer': 4, 'n_head': 4, 'n_embd': 32}
 VARIANTS = {

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import loss as loss_module
-from loss import ROWS, linear_cross_entropy
+from layers import loss as loss_module
+from layers.loss import ROWS, linear_cross_entropy
 from model import GPT, GPTConfig
 
 N, C, V = 50, 12, 37

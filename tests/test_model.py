@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import plans
+from layers import plans
+from layers.plans import Head, HeadPlan
 from model import GPT, GPTConfig, Repeats
-from plans import Head, HeadPlan
 
 SMALL = {'block_size': 16, 'vocab_size': 64, 'n_layer': 6, 'n_head': 8, 'n_embd': 32}
 VARIANTS = {

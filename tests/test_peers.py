@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from layers.plans import PLANS, Head
 from model import GPT, GPTConfig
-from plans import PLANS, Head
 from test_model import SMALL, check_against_reference, read_plan, tokens
 
 VARIANTS = {

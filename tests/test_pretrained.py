@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.tokenizer import GPT2_URL, Bytes, Chars, Tiktoken, load
 from model import GPT, GPTConfig
-from pretrained import (
+from runs.pretrained import (
     Pretrained,
     PretrainedError,
     copy_table,
@@ -22,7 +23,6 @@ from pretrained import (
     read,
     token_difference,
 )
-from tokenizer import GPT2_URL, Bytes, Chars, Tiktoken, load
 
 transformers = pytest.importorskip('transformers')
 safetensors = pytest.importorskip('safetensors')
@@ -290,7 +290,7 @@ def hub_cache(folder: Path, cache: Path, repo: str) -> dict:
 def test_a_name_on_the_hub_is_read_through_its_cache(gpt2_folder, tmp_path, root):
     env = hub_cache(gpt2_folder, tmp_path, 'ai-forever/tiny')
     code = (
-        'import sys; sys.path.insert(0, sys.argv[1]); import pretrained\n'
+        'import sys; sys.path.insert(0, sys.argv[1]); from runs import pretrained\n'
         'for name in sys.argv[2:]:\n'
         '    try:\n'
         '        print(pretrained.read(name).config.n_layer)\n'

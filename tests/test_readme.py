@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import plans
 from configurator import configure
+from layers import plans
 from model import GPT, GPTConfig
 from train import Knobs, model_config
 

@@ -13,28 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import kill_runs
-import metrics
-import runs
 import sample
+import tiny
 import train
-from checkpoint import BEST, LAST, PREVIOUS, CheckpointError
 from configurator import ConfigError
-from pretrained import PretrainedError
-from runs import (
-    assert_same_run,
-    flags,
-    happening,
-    kill_me,
-    lines,
-    resume,
-    start,
-    status,
-    write_tokens,
-)
-from tokendata import DataError, open_data
-from tokenizer import Chars, TokenizerError
+from data.tokendata import DataError, open_data
+from data.tokenizer import Chars, TokenizerError
+from runs import checkpoint, metrics
+from runs.checkpoint import BEST, LAST, PREVIOUS, CheckpointError
+from runs.pretrained import PretrainedError
+from tiny import assert_same_run, flags, happening, kill_me, lines, resume, start, status, write_tokens
 
 
 @pytest.fixture(scope='module')
@@ -225,7 +214,7 @@ def test_auto_starts_as_the_config_file_says(tmp_path, data):
     config = tmp_path / 'finetune.py'
     config.write_text(f'init_from = {str(tmp_path / "weights")!r}\n', encoding='utf-8')
     (tmp_path / 'weights').mkdir()
-    argv = [str(config), *flags(tmp_path / 'run', dataset=data, init_from='auto', **runs.TINY)]
+    argv = [str(config), *flags(tmp_path / 'run', dataset=data, init_from='auto', **tiny.TINY)]
     with pytest.raises(PretrainedError, match='weights'):
         train.main(argv)
     config.write_text('init_from = "auto"\n', encoding='utf-8')
@@ -321,9 +310,9 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, data):
 
 
 def test_the_lock_dies_with_its_process(tmp_path, data):
-    argv = flags(tmp_path, dataset=data, **runs.TINY)
+    argv = flags(tmp_path, dataset=data, **tiny.TINY)
     assert (
-        runs.Program(argv, tmp_path / 'log', fault=partial(runs.at_step, 6, kill_me)).end() == -signal.SIGKILL
+        tiny.Program(argv, tmp_path / 'log', fault=partial(tiny.at_step, 6, kill_me)).end() == -signal.SIGKILL
     )
     with checkpoint.FolderLock(tmp_path):
         pass
@@ -401,8 +390,8 @@ def _kill_in_save(point):
 @pytest.mark.parametrize('point', [0, 5000, 100_000, BEST, PREVIOUS, 'before replace', 'after replace'])
 def test_a_kill_within_a_save_leaves_a_whole_checkpoint(tmp_path, data, straight, point):
     out = tmp_path / 'run'
-    program = runs.Program(
-        flags(out, dataset=data, **runs.TINY), tmp_path / 'log', fault=partial(_kill_in_save, point)
+    program = tiny.Program(
+        flags(out, dataset=data, **tiny.TINY), tmp_path / 'log', fault=partial(_kill_in_save, point)
     )
     assert program.end() == -signal.SIGKILL, program.text()
     assert checkpoint.load(out / LAST)['iter'] == (10 if point == 'after replace' else 5)
@@ -443,12 +432,12 @@ def _limit_file_size():
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the kernel's own refusal
 
-    runs.at_step_after_saves(6, limit)
+    tiny.at_step_after_saves(6, limit)
 
 
 def test_a_file_size_limit_leaves_the_checkpoint(tmp_path, data):
     out = tmp_path / 'run'
-    program = runs.Program(flags(out, dataset=data, **runs.TINY), tmp_path / 'log', fault=_limit_file_size)
+    program = tiny.Program(flags(out, dataset=data, **tiny.TINY), tmp_path / 'log', fault=_limit_file_size)
     assert program.end() == 2
     assert 'last.pt could not be written: it would pass the limit on file sizes (ulimit -f)' in program.text()
     assert 'Traceback' not in program.text()
@@ -487,7 +476,7 @@ def test_the_copy_is_exact_private_and_reused():
     weight = torch.randn(4, 3)
     state = {'tied': weight, 'again': weight, 'nest': [{'step': torch.tensor(3.0)}, (1, 'x')], 'n': None}
     one = saver._copy(state)
-    runs.assert_equal(one, state)
+    tiny.assert_equal(one, state)
     assert one['tied'] is one['again'] and one['tied'].data_ptr() != weight.data_ptr()
     weight.add_(1)
     assert not torch.equal(one['tied'], weight)
@@ -561,7 +550,7 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path, straight):
         damaged[place] ^= 1 << i % 8
         path.write_bytes(damaged)
         try:
-            runs.assert_equal(checkpoint.load(path), state)  # padding between the records
+            tiny.assert_equal(checkpoint.load(path), state)  # padding between the records
         except CheckpointError as e:
             assert str(path) in str(e) and '\n' not in str(e)
             found += 1
@@ -677,8 +666,8 @@ def test_weights_that_the_last_update_ruined_are_not_saved(tmp_path, data, monke
 
 
 def test_the_process_exits_with_an_error(tmp_path, data):
-    argv = flags(tmp_path / 'run', dataset=data, **{**runs.TINY, 'learning_rate': 1e38, 'warmup_iters': 0})
-    program = runs.Program(argv, tmp_path / 'log')
+    argv = flags(tmp_path / 'run', dataset=data, **{**tiny.TINY, 'learning_rate': 1e38, 'warmup_iters': 0})
+    program = tiny.Program(argv, tmp_path / 'log')
     assert program.end() == 2
     assert program.text().splitlines()[-1].startswith('train.py: iteration ')
 

@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 
-import checkpoint
-import runs
+import tiny
 import train
-from checkpoint import BEST, LAST
-from runs import (
+from runs import checkpoint
+from runs.checkpoint import BEST, LAST
+from tiny import (
     TINY,
     Torchrun,
     assert_same_run,
@@ -57,7 +57,7 @@ def test_ranks_resume_bit_for_bit(tmp_path, data, straight, n):
     assert run_ranks(n, again, tmp_path) == [0] * n
     one, other = (checkpoint.load(folder / LAST) for folder in (straight(n), out))
     for key in ('model', 'optimizer', 'watches', 'scaler'):
-        runs.assert_equal(one[key], other[key], key)
+        tiny.assert_equal(one[key], other[key], key)
     one, other = ([r for r in lines(folder) if 'loss' in r] for folder in (straight(n), out))
     assert one == other
 
@@ -75,7 +75,7 @@ def test_the_same_total_batch_gives_the_same_curve(straight, n, tmp_path_factory
 
 def test_a_signal_to_one_rank_stops_both_and_they_resume_bit_for_bit(tmp_path, data, straight):
     out = tmp_path / 'run'
-    fault = partial(runs.at_step, 6, partial(kill_me, signal.SIGTERM))
+    fault = partial(tiny.at_step, 6, partial(kill_me, signal.SIGTERM))
     assert run_ranks(2, flags(out, dataset=data, **TINY), tmp_path, fault, faulty=1) == [0, 0]
     assert status(out) == 'stopped' and checkpoint.load(out / LAST)['iter'] == 7
     assert 'stopped by another rank at iteration 7' in (tmp_path / 'rank0.log').read_text(encoding='utf-8')
@@ -113,7 +113,7 @@ def _nan_at_step(step):
 
         train.get_batch = broken
 
-    runs.at_step(step, poison)
+    tiny.at_step(step, poison)
 
 
 def test_nan_on_one_rank_stops_all_before_the_update(tmp_path, data, straight):
@@ -154,7 +154,7 @@ def _linger_and_fail():
         threading.Thread(target=threading.Event().wait).start()  # no daemon, and it never ends
         raise RuntimeError('out of luck')
 
-    runs.at_step(6, fail)
+    tiny.at_step(6, fail)
 
 
 @pytest.mark.parametrize('faulty', [0, 1])
@@ -169,7 +169,7 @@ def test_an_error_on_one_rank_ends_both_whatever_lingers(tmp_path, data, faulty)
 @pytest.mark.parametrize('faulty', [0, 1])
 def test_a_frozen_rank_is_given_up(tmp_path, data, faulty):
     argv = flags(tmp_path / 'run', dataset=data, **{**TINY, 'dist_timeout': 8})
-    freeze = partial(runs.at_step_after_saves, 6, partial(kill_me, signal.SIGSTOP))
+    freeze = partial(tiny.at_step_after_saves, 6, partial(kill_me, signal.SIGSTOP))
     ranks = start_ranks(2, argv, tmp_path, freeze, faulty)
     assert ranks[1 - faulty].end(20) == 1
     ranks[faulty].process.kill()  # what torchrun does as soon as the other one has ended
@@ -261,7 +261,7 @@ def assert_resumes(out, straight):
 def test_two_hosts(tmp_path, data, straight):
     """Two torchrun agents that meet on the loopback, one rank each: what two hosts would do."""
     rendezvous = ['--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', '--rdzv_id=tiny']
-    rendezvous.append(f'--rdzv_endpoint=127.0.0.1:{runs.free_port()}')
+    rendezvous.append(f'--rdzv_endpoint=127.0.0.1:{tiny.free_port()}')
     argv = flags(tmp_path, dataset=data, **TINY)
     agents = [Torchrun(rendezvous, 'train.py', argv) for _ in range(2)]
     assert [agent.end() for agent in agents] == [0, 0]

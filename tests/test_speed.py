@@ -8,15 +8,15 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import metrics
 import test_model
 import test_peers
 from configurator import ConfigError
+from layers.plans import PLANS, HeadPlan
 from model import DROPOUT_BLOCK, GPT, GPTConfig, attend
-from optimizer import Muon, Together, hidden_matrices, iterate, iterate_gram, make_optimizer, orthogonal
-from plans import PLANS, HeadPlan
-from runs import assert_same_run, resume, start, write_tokens
-from system import keep_memory
+from runs import metrics
+from runs.optimizer import Muon, Together, hidden_matrices, iterate, iterate_gram, make_optimizer, orthogonal
+from runs.system import keep_memory
+from tiny import assert_same_run, resume, start, write_tokens
 
 PLANNED = [(test_model, name) for name in test_model.VARIANTS] + [
     (test_peers, name) for name in test_peers.VARIANTS

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokendata import batch_starts, eval_batch, eval_starts, get_batch
+from data.tokendata import batch_starts, eval_batch, eval_starts, get_batch
 
 # ---- batches
 

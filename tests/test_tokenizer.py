@@ -7,8 +7,8 @@ import random
 import pytest
 import tiktoken
 
-import tokenizer as tk
-from tokenizer import Bytes, Chars, HuggingFace, Tiktoken, TokenizerError, from_spec, load, train_bpe
+from data import tokenizer as tk
+from data.tokenizer import Bytes, Chars, HuggingFace, Tiktoken, TokenizerError, from_spec, load, train_bpe
 
 TEXT = "How the <|endoftext|> is written: naïve café, 日本語, 👍🏽 and\r\n\ttabs  \n\n  done. It's 1234567."
 CORPUS = [TEXT * 3, 'the quick brown fox jumps over the lazy dog ' * 20, 'def f(x):\n    return x + 1\n' * 20]
@@ -72,7 +72,7 @@ def gapped(monkeypatch):
     ranks = {bytes([i]): i for i in range(256)} | {b'he': 256}
     special = {'<|fim|>': 258, '<|endoftext|>': 260}
     encoding = tiktoken.Encoding('gapped', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens=special)
-    monkeypatch.setattr('tokenizer._tiktoken_encoding', lambda name: encoding)
+    monkeypatch.setattr('data.tokenizer._tiktoken_encoding', lambda name: encoding)
     return Tiktoken('gapped')
 
 

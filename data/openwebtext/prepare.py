@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import corpus
+from data import corpus
 
 # plain_text/train-*-of-00080.parquet: 8,013,769 documents
 HUB = ('Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c')

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import corpus
+from data import corpus
 
 HUB = ('Den4ikAI/russian_instructions_2', None)
 CHECKPOINT = 'ai-forever/rugpt3large_based_on_gpt2'

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import corpus
-from sources import CorpusError, TextFile
+from data import corpus
+from data.sources import CorpusError, TextFile
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine

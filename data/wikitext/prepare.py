@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import corpus
-from sources import CorpusError, Joined
+from data import corpus
+from data.sources import CorpusError, Joined
 
 HUB = ('Salesforce/wikitext', 'b08601e04326c79dfdd32d625aee71d232d685c3')
 

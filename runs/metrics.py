@@ -18,9 +18,9 @@ from statistics import median
 
 import torch
 
-from checkpoint import CheckpointError, write_failed, write_text
+from runs.checkpoint import CheckpointError, write_failed, write_text
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 METRICS, RUN = 'metrics.jsonl', 'run.json'
 # What runs did that do not name these knobs, because they are older, where that is not today's default
 BEFORE = {'muon_qkv': 'whole'}

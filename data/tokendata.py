@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import fingerprint
+from data.tokenizer import fingerprint
 
 FORMAT = 1  # of meta.json
 SPLITS = ('train', 'val', 'test')

@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn as nn
 
-from windowed_mean import NEVER, RunningMean, mean_flops, state_bytes, widen, windowed_mean
+from layers.windowed_mean import NEVER, RunningMean, mean_flops, state_bytes, widen, windowed_mean
 
 
 def layer_windows(windows: str, n_layer: int) -> list[int]:

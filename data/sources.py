@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
-from tokenizer import well_formed
+from data.tokenizer import well_formed
 
 PIECE = 1 << 18  # characters: a longer document is encoded in pieces
 STARTS, ENDS = 1, 2  # flags of a piece: it begins a document, it ends one

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
+from data.tokenizer import HF_FILES, TokenizerError
+from data.tokenizer import load as load_tokenizer
 from model import GPT, GPTConfig, HeadLinear
-from tokenizer import HF_FILES, TokenizerError
-from tokenizer import load as load_tokenizer
 
 ACTIVATIONS = {  # of a config.json -> mlp
     'gelu_new': 'gelu_tanh',

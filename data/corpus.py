@@ -34,7 +34,7 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm import tqdm
 
-from sources import (
+from data.sources import (
     ENDS,
     PIECE,
     STARTS,
@@ -51,10 +51,10 @@ from sources import (
     stored_files,
     text_size,
 )
-from tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, dtype_for, open_data, read_json
-from tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
+from data.tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, dtype_for, open_data, read_json
+from data.tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
 BATCH = 1 << 20  # bytes of text whose ids are Python integers at the same time
 FIT_BYTES = 1 << 30  # bytes of the training split that a BPE is trained on at most: the first

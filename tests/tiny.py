@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import metrics
 import train
-from tokenizer import Bytes
+from data.tokenizer import Bytes
+from runs import checkpoint, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {'seconds', 'tokens_per_s', 'mfu'}  # what may differ between two equal runs

@@ -1,0 +1,1 @@
+"""What attention layers are made of: head plans, additive attention, the loss."""
