@@ -32,10 +32,10 @@ import numpy as np
 import torch
 
 import train
-from configurator import ConfigError, configure
-from data.tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
+from configurator import ConfigError, configure, run_program
+from data.tokendata import eval_batch, eval_starts, get_batch, open_data
 from runs import metrics
-from runs.checkpoint import CheckpointError, load_model
+from runs.checkpoint import load_model
 from runs.optimizer import make_optimizer
 from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
 
@@ -612,7 +612,4 @@ def main(argv: list[str]):
 
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, CheckpointError) as e:
-        sys.exit(f'bench.py: {e}')
+    run_program(main)

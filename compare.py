@@ -28,6 +28,7 @@ from pathlib import Path
 import matplotlib
 from scipy import stats
 
+from configurator import UserError, run_program
 from runs.metrics import BEFORE, METRICS, RUN, read_jsonl
 
 matplotlib.use('Agg')  # needs no display
@@ -49,7 +50,7 @@ DASHES = ['', '6 3', '2 2', '8 3 2 3']
 SHOWN_FROM = 0.3  # of the steps: the y axis fits what comes after, the steep start would flatten it
 
 
-class CompareError(Exception):
+class CompareError(UserError):
     """Runs that cannot be compared: which, why, and the mend, in one line."""
 
 
@@ -792,4 +793,4 @@ def main(argv: list[str]):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    run_program(main)

@@ -20,6 +20,7 @@ import difflib
 import inspect
 import io
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -42,8 +43,15 @@ Config files (*.py) and --key=value go in any order. The command line wins over 
 """
 
 
-class ConfigError(Exception):
-    """Bad input from the user: str() is one line that names the thing, where it was set, and the mend."""
+class UserError(Exception):
+    """What the user can fix: str() is one line that names the thing, what is wrong with it, and the fix.
+
+    Every error of this kind in the project derives from it, so that a program has one thing to catch.
+    """
+
+
+class ConfigError(UserError):
+    """A knob, a config file or an argument that cannot be used."""
 
     def __init__(self, message):
         super().__init__(' '.join(message.split()))  # an error raised inside a config file may span lines
@@ -53,6 +61,26 @@ class Configured(typing.NamedTuple):
     knobs: typing.Any  # an instance of the dataclass
     given: dict  # name -> value of every knob that a file or the command line set, be it to its default
     files: list  # the config files as pathlib.Path, in the order they were applied
+
+
+def run_program(main):
+    """Run main(arguments) as the program that was started, and end the process with the status it returns.
+
+    A UserError is one line on stderr and status 2; Ctrl-C is 130; that the reader has gone away (`| head`) is
+    no error.
+    """
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as e:
+        print(f'{Path(sys.argv[0]).name}: {e}', file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        status = 0
+    sys.exit(status)
 
 
 def configure(cls, argv, doc=''):

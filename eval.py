@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from configurator import ConfigError, configure
+from configurator import ConfigError, configure, run_program
 from data.sources import CorpusError, TextFile, named
-from data.tokendata import DataError, eval_batch, open_data
-from data.tokenizer import TokenizerError, from_spec
+from data.tokendata import eval_batch, open_data
+from data.tokenizer import from_spec
 from data.tokenizer import load as load_tokenizer
 from layers.loss import linear_cross_entropy
 from model import GPT
@@ -191,14 +190,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (
-        ConfigError,
-        DataError,
-        TokenizerError,
-        checkpoint.CheckpointError,
-        pretrained.PretrainedError,
-    ) as e:
-        print(f'eval.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -37,9 +37,9 @@ from pathlib import Path
 
 import train
 from compare import Arm, CompareError, Run, find_runs, read_run, unlike
-from configurator import ConfigError, configure
-from data.tokendata import DataError, open_data
-from runs.checkpoint import CheckpointError, FolderLock
+from configurator import ConfigError, configure, run_program
+from data.tokendata import open_data
+from runs.checkpoint import FolderLock
 from runs.metrics import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parent
@@ -658,7 +658,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, CheckpointError) as e:
-        sys.exit(f'experiments.py: {e}')
+    run_program(main)

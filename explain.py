@@ -13,7 +13,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +21,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from configurator import ConfigError, configure
-from data.tokenizer import TokenizerError, from_spec
+from configurator import ConfigError, configure, run_program
+from data.tokenizer import from_spec
 from layers.leap import Mean
 from model import GPT
 from runs import checkpoint
@@ -205,8 +204,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, TokenizerError, checkpoint.CheckpointError) as e:
-        print(f'explain.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import ConfigError, configure
-from data.tokenizer import TokenizerError, from_spec
+from configurator import ConfigError, UserError, configure, run_program
+from data.tokenizer import from_spec
 from hierarchy import Hierarchy
 from model import GPT, LanguageModel
 from runs import checkpoint
@@ -46,7 +46,7 @@ for their_config, their_model in CLASSES.values():
     transformers.AutoModelForCausalLM.register(their_config, their_model, exist_ok=True)
 
 
-class ExportError(Exception):
+class ExportError(UserError):
     """A model or tokenizer that cannot be exported as asked, in one line."""
 
 
@@ -223,8 +223,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, ExportError, TokenizerError, checkpoint.CheckpointError) as e:
-        print(f'hf.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import ConfigError, configure
-from data.tokenizer import TokenizerError, from_spec
+from configurator import ConfigError, configure, run_program
+from data.tokenizer import from_spec
 from runs import checkpoint
 from runs.system import autocast_for, pick_device, pick_dtype
 
@@ -153,8 +153,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, TokenizerError, checkpoint.CheckpointError) as e:
-        print(f'sample.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

@@ -36,9 +36,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from configurator import ConfigError, configure, from_dict
+from configurator import ConfigError, UserError, configure, from_dict
 from data.tokendata import DataError, eval_batch, eval_starts, get_batch, open_data
-from data.tokenizer import TokenizerError, from_spec
+from data.tokenizer import from_spec
 from model import GPTConfig, LanguageModel
 from runs import checkpoint, metrics, pretrained
 from runs.optimizer import make_optimizer
@@ -366,7 +366,7 @@ def blame(model, micro_batches, autocast, rank, world) -> str:
     return places[first] + (f' on rank {rank}' if world > 1 else '')
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training cannot go on; one line says why."""
 
 
@@ -844,22 +844,12 @@ def train(
     return 0
 
 
-ERRORS = (
-    ConfigError,
-    DataError,
-    TokenizerError,
-    TrainingError,
-    checkpoint.CheckpointError,
-    pretrained.PretrainedError,
-)
-
-
 def run(argv: list[str]):
     """main as a program: errors that the user can mend are one line instead of a traceback. Never returns."""
     rank = os.environ.get('RANK', '0')
     try:
         leave(main(argv))
-    except ERRORS as e:
+    except UserError as e:
         if rank == '0' or not isinstance(e, TrainingError):  # which all ranks raise alike
             print(f'train.py{f" (rank {rank})" * (rank != "0")}: {e}', file=sys.stderr)
         leave(2)

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
+from configurator import UserError
 from data.tokenizer import well_formed
 
 PIECE = 1 << 18  # characters: a longer document is encoded in pieces
@@ -55,7 +56,7 @@ NOT_TEXT = ('.csv', '.tsv', '.arrow', '.feather', '.pdf', '.docx', '.tar', '.pkl
 BOUNDARY = re.compile(r'[^\W_](?=[ \n])')
 
 
-class CorpusError(Exception):
+class CorpusError(UserError):
     """Text that cannot be made into token files, in one line: what, why, and the mend."""
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import UserError
 from data.tokenizer import fingerprint
 
 FORMAT = 1  # of meta.json
@@ -25,7 +26,7 @@ DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 SCAN_BYTES = 1 << 23  # read at a time when a file is verified
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that cannot be used, in one line: the file, what it holds, what was expected, and the mend."""
 
 

@@ -18,6 +18,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from configurator import UserError
+
 END_OF_TEXT = '<|endoftext|>'
 # names of the token that ends a document, for a tokenizer.json that comes without a config beside it
 END_NAMES = (END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|eot_id|>', '[EOS]')
@@ -39,7 +41,7 @@ GPT2_SHA256 = {
 }
 
 
-class TokenizerError(Exception):
+class TokenizerError(UserError):
     """A tokenizer that cannot be had, in one line: what, why, and the mend."""
 
 

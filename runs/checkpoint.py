@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from configurator import UserError
 from hierarchy import Hierarchy
 from model import GPT, LanguageModel
 
@@ -26,7 +27,7 @@ MODELS = {'gpt': GPT, 'hierarchy': Hierarchy}  # by the knob `model`
 KEYS = ('model', 'model_args', 'iter', 'config', 'tokenizer', 'data_fingerprint')  # that readers rely on
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """One line: the file, what is wrong with it, and what to do."""
 
 

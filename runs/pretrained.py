@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from configurator import UserError
 from data.tokenizer import HF_FILES, TokenizerError
 from data.tokenizer import load as load_tokenizer
 from model import GPT, GPTConfig, HeadLinear
@@ -32,7 +33,7 @@ TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'ml
 WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # the first that is there is read, whole or in shards
 
 
-class PretrainedError(Exception):
+class PretrainedError(UserError):
     """A checkpoint that cannot be used, in one line: what, why, and the mend."""
 
 
