@@ -80,7 +80,11 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             q, k = (t.float() for t in args[:2])  # (B, n_head, T, head_size)
-            self.see((q[:, :, -1:] @ k.mT / math.sqrt(q.size(-1))).softmax(-1)[0, :, 0])
+            scores = q[:, :, -1:] @ k.mT / math.sqrt(q.size(-1))  # (B, n_head, 1, T)
+            mask = (kwargs or {}).get('attn_mask')
+            if mask is not None:
+                scores = scores.masked_fill(~mask[..., -1:, :], -math.inf)
+            self.see(scores.softmax(-1)[0, :, 0])
         return function(*args, **(kwargs or {}))
 
 
@@ -195,6 +199,10 @@ def main(argv: list[str]) -> int:
     if len(ids) > model.context_limit:
         raise ConfigError(f'the text has {len(ids)} tokens, but the context is {model.context_limit}')
     views, tokens = look(model, ids), pieces(tokenizer, ids)
+    if not views:
+        raise ConfigError(
+            f'{k.out_dir}: attention={model.config.attention!r} has no weights of single tokens to show'
+        )
     about = f'{k.out_dir}, {model.config.attention}, iteration {state["iter"]}'
     folder = Path(k.out_dir)
     (folder / 'explain.html').write_text(page(tokens, views, about), encoding='utf-8')

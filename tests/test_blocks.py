@@ -9,7 +9,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_gpt
-from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig, RMSNorm, RotaryPosition
+from layers.mlps import MLPS
+from layers.norms import NORMS, RMSNorm
+from layers.positions import POSITIONS, RotaryPosition
+from model import GPT, GPTConfig
 
 TINY = GPTConfig(
     block_size=16, vocab_size=40, n_layer=3, n_head=4, n_embd=32, attention='reflex', head_split='2-1-1'

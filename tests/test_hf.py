@@ -12,8 +12,7 @@ import torch
 from conftest import random_gpt
 from data.tokenizer import Bytes, Chars, Tiktoken, train_bpe
 from hierarchy import HierarchyConfig
-from layers.leap import WINDOWED
-from layers.plans import PLANS
+from layers.registry import ATTENTIONS
 from model import GPT, GPTConfig
 from runs import checkpoint
 
@@ -31,19 +30,18 @@ TINY = GPTConfig(
     n_layer=3,
     n_head=4,
     n_embd=32,
-    attention='reflex',
-    head_split='2-1-1',
+    attention='reflex(2-1-1)',
 )
+SPLIT = {'reflex': '2-1-1', 'layer0': '2-1-1', 'layer0_residual': '4/2-1-1'}  # of four heads
 KINDS = {
-    **{plan: {'attention': plan} for plan in PLANS},
-    'keys and values apart': {'head_split': '4/2-1-1'},
-    'no own key': {'head_split': '2-2/4', 'n_layer': 2},
-    **{kind: {'attention': kind} for kind in WINDOWED},
-    'leap without end': {'attention': 'leap', 'position': 'rotary', 'windows': '2-5-0'},
-    'leap below reflex': {'attention': 'leap*2 reflex*2', 'n_layer': 4, 'head_split': '2-2'},
+    **{name: {'attention': f'{name}({SPLIT[name]})' if name in SPLIT else name} for name in ATTENTIONS},
+    'keys and values apart': {'attention': 'reflex(4/2-1-1)'},
+    'no own key': {'attention': 'reflex(2-2/4)', 'n_layer': 2},
+    'windows': {'attention': 'vanilla(window=3)*2 reflex(2-1-1, window=5)'},
+    'leap without end': {'attention': 'leap(2-5-0)', 'position': 'rotary'},
+    'leap below reflex': {'attention': 'leap*2 reflex(2-2)*2', 'n_layer': 4},
     'modern': {'norm': 'rmsnorm', 'mlp': 'swiglu', 'position': 'rotary', 'qk_norm': True, 'bias': True},
-    'leap': {'attention': 'leap', 'windows': '2-5-0'},
-    'additive': {'attention': 'additive'},
+    'leap with windows': {'attention': 'leap(2-5-0)'},
     'leap and vanilla': {'attention': 'vanilla leap*2', 'position': 'none'},
     'no positions': {'position': 'none', 'mlp': 'gelu_tanh'},
 }
@@ -159,7 +157,7 @@ def test_a_batch_padded_on_the_right_goes_on_or_is_refused(exported, kind):
         options = {'attention_mask': mask, 'past_key_values': start.past_key_values}
         return loaded(ids[:, 5:], **options).logits[1]
 
-    if loaded.averages:
+    if loaded.gpt.padding == 'left':
         with pytest.raises(ValueError, match='padding stands between tokens'):
             go_on()
     else:
@@ -204,7 +202,7 @@ def test_the_config_is_gptconfig_and_checks_like_it():
     named = ReflexConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, n_positions=16)
     assert (named.n_embd, named.n_layer, named.n_head, named.block_size) == (64, 2, 4, 16)
     assert named.max_position_embeddings == 16 and named.hidden_size == 64
-    with pytest.raises(Exception, match="head_split='4-2-2' adds up to 8 heads, but n_head=4"):
+    with pytest.raises(Exception, match="head split '4-2-2' adds up to 8 heads, but n_head=4"):
         ReflexConfig(n_head=4, attention='reflex')
     with pytest.raises(Exception, match='tie_word_embeddings=False'):
         ReflexConfig(tie_word_embeddings=False)
@@ -343,7 +341,7 @@ def test_the_published_leap_example_works_but_for_its_import(tmp_path):
     assert losses[-1] < losses[0] - 1
     trainer.save_model(tmp_path / 'leap')
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'leap').eval()
-    assert LeapConfig.from_pretrained(tmp_path / 'leap').windows == 'auto'
+    assert LeapConfig.from_pretrained(tmp_path / 'leap').attention == 'leap(auto)'
     assert torch.equal(greedy(loaded, tokens()), greedy(model.eval(), tokens()))
 
 
@@ -353,8 +351,8 @@ def test_the_published_leap_example_works_but_for_its_import(tmp_path):
 )
 def test_leap_config_speaks_of_windows_as_published(given, windows):
     config = LeapConfig(n_layer=3, hidden_size=32, n_heads=4, **given)
-    assert (config.windows, config.attention) == (windows, 'leap')
-    assert LeapConfig(**config.to_dict()).windows == windows
+    assert config.attention == f'leap({windows})'
+    assert LeapConfig(**config.to_dict()).attention == config.attention
     with pytest.raises(ValueError, match=r'initializer_range=0\.1'):
         LeapConfig(initializer_range=0.1)
 
@@ -413,7 +411,7 @@ def test_vanilla_is_exported_as_a_plain_gpt2(mlp, bias, tmp_path):
 
 @pytest.mark.parametrize(
     'change',
-    [{'attention': 'reflex'}, {'norm': 'rmsnorm'}, {'mlp': 'swiglu'}, {'position': 'rotary'}],
+    [{'attention': 'reflex(2-2)'}, {'norm': 'rmsnorm'}, {'mlp': 'swiglu'}, {'position': 'rotary'}],
     ids=str,
 )
 def test_what_is_no_gpt2_is_not_exported_as_one(change, tmp_path):

@@ -278,7 +278,8 @@ def test_a_text_that_ends_within_a_group_equals_the_reference(T):
 
 def test_the_latent_stack_is_the_gpts():
     """Its blocks compute what a GPT of the same plan makes of the same latents."""
-    from model import GPT, Memory
+    from layers.contract import Memory
+    from model import GPT
 
     model = make(**OPTIONS['reflex'])
     _, latents, thought = model.run(tokens(), hierarchy.Piece(model.config, 0, 24, 'cpu', None))
@@ -494,7 +495,7 @@ def test_weights_of_another_hierarchy_do_not_load():
         ({'upsample': 'linear'}, ["'linear'", 'repeat']),
         ({'channels': 3}, ['channels=3', 'n_embd=16', '21.3333']),
         ({'channels': 2, 'channel_every': 3}, ['channel_every=3', 'n_layer=2']),
-        ({'channels': 2, 'attention': 'reflex', 'head_split': '4'}, ["'reflex'", 'n_layer=2', 'channels=2']),
+        ({'channels': 2, 'attention': 'reflex(2-2)'}, ["'reflex(2-2)'", 'n_layer=2', 'channels=2']),
         ({'attention': 'reflex_all', 'n_layer': 5}, ['n_layer=5', 'n_head=4']),
         ({'attention': 'reflex', 'head_split': '8-8'}, ["'8-8'", 'n_head=4']),
         ({'position': 'rotary', 'widths': '4-8-16'}, ['rotary', 'heads of 1']),

@@ -152,8 +152,8 @@ def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys)
     [
         ({'n_embd': 64}, 'n_embd=64, but the checkpoint in {out} was trained with n_embd=32'),
         (
-            {'head_split': '3-1'},
-            "head_split='3-1', but the checkpoint in {out} was trained with head_split='2-1-1'",
+            {'attention': 'reflex(3-1)'},
+            "attention='reflex(3-1)', but the checkpoint in {out} was trained with attention='reflex(2-2)'",
         ),
         ({'dataset': 'other tokens'}, 'the data set is '),
         ({'dataset': 'other tokenizer'}, 'the tokenizer is '),
@@ -162,7 +162,7 @@ def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys)
             "optimizer='muon', but the checkpoint in {out} was trained with optimizer='adamw'",
         ),
     ],
-    ids=['n_embd', 'head_split', 'data', 'tokenizer', 'optimizer'],
+    ids=['n_embd', 'attention', 'data', 'tokenizer', 'optimizer'],
 )
 def test_another_architecture_tokenizer_or_data_set_is_refused(
     tmp_path, data, straight, knobs, line, monkeypatch
@@ -766,7 +766,7 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch,
         ({'eval_interval': 0}, 'eval_interval=0: must be at least 1'),
         ({'init_from': 'resmue'}, "init_from='resmue': did you mean 'resume'?"),
         ({'n_head': 5}, 'n_embd=32 is not a multiple of n_head=5'),
-        ({'head_split': '2-2-1'}, '2-2-1'),
+        ({'attention': 'reflex(2-2-1)'}, '2-2-1'),
         ({'dtype': 'float16'}, "dtype='float16' needs CUDA, the device is cpu: use bfloat16 or float32"),
         ({'device': 'cuda'}, "device='cuda', but torch sees no CUDA device here: use --device=cpu"),
         ({'device': 'gpu'}, "device='gpu': auto, cpu, mps, cuda or one of several, such as cuda:1"),
