@@ -55,7 +55,7 @@ def stream_tokens(
             read = torch.cat([read, read.new_tensor([guess])], dim=1)  # (1, fresh tokens and guesses)
         with no_dropout(modules):
             hidden = model.hidden(read, cache)
-        logits = model.lm_head(hidden[:, -1 - len(guess) :]).float()  # (B, 1 + guesses, vocab_size)
+        logits = model.logits(hidden[:, -1 - len(guess) :]).float()  # (B, 1 + guesses, vocab_size)
         for i in range(len(guess) + 1):
             token = draw(logits[:, i, :vocab], temperature, top_k, generator, top_p)  # (B, 1)
             yield token

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from layers.channels import MERGES, ChannelBlock
 from layers.contract import Memory
 from layers.heads import KVCache, attend
-from layers.loss import linear_cross_entropy
 from layers.mlps import MLPS
 from layers.norms import NORMS
 from layers.positions import POSITIONS
@@ -639,7 +638,7 @@ class Hierarchy(LanguageModel):
                 f'{T} tokens are no whole groups of {self.config.group_size}: train on block_size'
             )
         hidden, latents, thought = self.run(idx, Piece(self.config, 0, T, idx.device, None))
-        loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=-1)
+        loss = self.loss(hidden, targets)
         predicted = self.transformer.predict(thought)[:, :-1].float()
         cosine = F.cosine_similarity(predicted, latents[:, 1:].detach().float(), dim=-1)
         weight = self.config.latent_loss * (progress / LATENT_WARMUP).clamp(max=1)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from generation import stream_tokens
 from layers.contract import PADDING, Attention, Counted, Memory
 from layers.heads import HeadLinear
-from layers.loss import linear_cross_entropy
+from layers.loss import linear_cross_entropy, soft_capped
 from layers.mlps import MLPS
 from layers.norms import NORMS
 from layers.plans import HeadPlan
@@ -41,6 +42,10 @@ class GPTConfig(GPTShape):
         if self.n_embd % self.n_head:
             raise ValueError(
                 f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: heads would differ in size'
+            )
+        if self.mlp_hidden < 0 or self.softcap < 0:
+            raise ValueError(
+                f'mlp_hidden={self.mlp_hidden}, softcap={self.softcap:g}: neither may be negative'
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout}: must be in [0, 1)')
@@ -76,10 +81,12 @@ class Block(nn.Module):
         self.ln_1 = NORMS[config.norm](config.n_embd, bias=config.bias)
         self.attn = attn
         self.ln_2 = NORMS[config.norm](config.n_embd, bias=config.bias)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = MLPS[config.mlp](config, config.mlp_hidden)
 
     def forward(self, x, memory: Memory, cache=None):
-        x = x + self.attn(self.ln_1(x), memory, cache)
+        normed = self.ln_1(x)
+        memory.inputs.append(normed)
+        x = x + self.attn(normed, memory, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -141,7 +148,8 @@ class LanguageModel(nn.Module):
         """Called at the end of a model's constructor: the head, and all initial values."""
         wte = self.transformer.wte
         self.lm_head = nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
-        self.lm_head.weight = wte.weight  # tied (Press and Wolf, 2017)
+        if self.config.tied:
+            self.lm_head.weight = wte.weight  # Press and Wolf, 2017
         self.init_weights(int(torch.randint(2**62, (), device='cpu')) if seed is None else seed)
 
     @torch.no_grad()
@@ -157,7 +165,7 @@ class LanguageModel(nn.Module):
                 module.init_own(generator)
             if not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue  # norms start as ones and zeros
-            if module is self.lm_head:
+            if module is self.lm_head and self.config.tied:
                 continue
             # residual projections are smaller, so that the stream's variance does not grow with depth
             residual = name.endswith('c_proj')
@@ -188,11 +196,21 @@ class LanguageModel(nn.Module):
         """
         hidden = self.hidden(idx)
         if targets is None:
-            return self.lm_head(hidden), None
-        return None, linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=-1)
+            return self.logits(hidden), None
+        return None, self.loss(hidden, targets)
+
+    def logits(self, hidden):
+        """What hidden() gives (B, T, C) -> logits (B, T, vocab_size)."""
+        return soft_capped(self.lm_head(hidden), self.config.softcap)
+
+    def loss(self, hidden, targets):
+        """The mean loss of targets (B, T), -1 where none counts, in nats per token."""
+        weight, softcap = self.lm_head.weight, self.config.softcap
+        return linear_cross_entropy(hidden, weight, targets, ignore_index=-1, softcap=softcap)
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """Parameters, without position embeddings by default (nanoGPT's count: wte is also lm_head)."""
+        """Parameters, without position embeddings by default (nanoGPT's count: a tied wte is also
+        lm_head)."""
         total = count(self)
         tables = (m for m in self.modules() if isinstance(m, Position))
         return total - sum(map(count, tables)) if non_embedding else total
@@ -246,12 +264,18 @@ class GPT(LanguageModel):
                 'ln_f': NORMS[config.norm](config.n_embd, bias=config.bias),
             }
         )
+        if (
+            config.x0_skip
+        ):  # a block's input: shares of the stream, and of the normed embedding (none at first)
+            self.transformer['of_stream'] = nn.ParameterList([torch.ones(()) for _ in attentions])
+            self.transformer['of_token'] = nn.ParameterList([torch.zeros(()) for _ in attentions])
         self.finish(seed)
 
     def describe(self) -> str:
         """What the layers compute, a line for the blocks and one per attention: shapes do not tell it."""
         c = self.config
         blocks = f'norm {c.norm}, mlp {c.mlp}, position {c.position}, qk_norm {c.qk_norm}'
+        blocks += f', softcap {c.softcap:g}' if c.softcap else ''  # older weights do not speak of it
         return '\n'.join([blocks, *(block.attn.describe() for block in self.transformer.h)])
 
     def summary(self) -> str:
@@ -281,14 +305,19 @@ class GPT(LanguageModel):
             )
         if pos is None:
             pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
-        x, rotate = self.transformer.wpe(self.transformer.wte(idx), pos)
-        x = self.transformer.drop(x)
-        memory = Memory(rotate, real, T)
-        for i, block in enumerate(self.transformer.h):
+        t = self.transformer
+        embedded = t.wte(idx)  # (B, T, n_embd)
+        x, rotate = t.wpe(embedded, pos)
+        x = t.drop(x)
+        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded)
+        x0 = F.rms_norm(embedded, embedded.shape[-1:]) if self.config.x0_skip else None
+        for i, block in enumerate(t.h):
+            if x0 is not None:
+                x = t.of_stream[i] * x + t.of_token[i] * x0
             x = block(x, memory, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.length += T
-        return self.transformer.ln_f(x)
+        return t.ln_f(x)
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
         """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""

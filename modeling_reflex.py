@@ -272,7 +272,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         state = cache.state if cache is not None else None
         hidden = self.gpt.hidden(input_ids, state, position_ids, real)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.gpt.lm_head(hidden[:, keep])
+        logits = self.gpt.logits(hidden[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -27,9 +27,15 @@ class GPTShape:
     )
     windows: str = ''  # older spelling: attention='leap', windows='global' is attention='leap(global)'
     norm: str = 'layernorm'  # layernorm | rmsnorm, before each half of a block and before the head
-    mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu, all of about the same size
+    mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | relu2 | swiglu, all of like size
+    mlp_hidden: int = 0  # hidden size of the MLP, or of the one that swiglu is as large as; 0 = 4 n_embd
     position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
     qk_norm: bool = False  # an rmsnorm per head on queries and keys
+    x0_skip: bool = False  # a block's input is a learned mix of the stream and the token's embedding
+    softcap: float = (
+        0.0  # logits are kept within ± this, by softcap * tanh(logits / softcap); 0 = as they are
+    )
+    tied: bool = True  # the head's weight is the token table; false = it has one of its own
 
     def __post_init__(self):
         """attention gets its one canonical spelling; the older ones are folded into it. ValueError."""

@@ -30,12 +30,17 @@ class Memory:
     """What the layers of one forward pass share beside x; made for that pass and dropped with it.
 
     published  one entry per layer so far that publishes: its keys and values, which later layers may read
+    inputs     x of every layer so far, (B, T, n_embd) each
+    tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. None where a
+    layer's
+               input stands for more than one token, as in the latents of a hierarchy
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
     """
 
-    def __init__(self, rotate=unrotated, real=None, T: int = 0):
-        self.published = []
+    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
+        self.published, self.inputs = [], []
+        self.tokens, self.embedded = tokens, embedded
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
 
@@ -92,6 +97,7 @@ class Attention(Counted):
     publishes = False  # it appends (key pieces, value pieces) to memory.published
     published_past = True  # what it publishes is of all tokens so far, not of the new ones alone
     reads_all = False  # it reads every head of every earlier layer that publishes
+    reads_tokens = False  # it reads memory.tokens or memory.embedded
 
     def forward(self, x, memory: Memory, cache=None):
         """x (B, T, n_embd), the normalised residual stream -> what is added to the stream (B, T, n_embd).

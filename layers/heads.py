@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from layers.contract import Attention, Memory, Place
 from layers.norms import RMSNorm
+from layers.plans import HeadPlan
 
 
 class HeadLinear(nn.Linear):
@@ -99,11 +100,15 @@ class HeadPlanAttention(Attention):
     has_scores = rotates = publishes = True
     padding = 'anywhere'
 
-    def __init__(self, config, place: Place, *, window: int = 0):
-        """window: how many tokens a token reads, itself included; 0: all before it."""
+    def __init__(self, config, place: Place, *, window: int = 0, gain: str = ''):
+        """window: how many tokens a token reads, itself included; 0: all before it. gain: layer | head: what
+        heads read from other layers' values is scaled by a learned number, one for the layer or one for each
+        such head."""
         super().__init__()
         if window < 0:
             raise ValueError(f'window={window}: must be a number of tokens, or 0 for all before')
+        if gain not in ('', 'layer', 'head'):
+            raise ValueError(f"gain={gain!r}: 'layer' or 'head'")
         plan, layer = place.plan, place.planned
         n_head = len(plan.heads[layer])
         self.n_head, self.head_size, self.dropout = n_head, config.head_size, config.dropout
@@ -116,36 +121,55 @@ class HeadPlanAttention(Attention):
         self.runs, self.key_runs, self.value_runs = plan.runs(layer)
         self.description = plan.describe(layer) + (f', window {window}' if window else '')
         heads = list(range(n_head))  # rows of the full projection: queries, then keys, then values
-        heads += [n_head + h for h in plan.keys[layer]] + [2 * n_head + h for h in plan.values[layer]]
+        heads += [n_head + h for h in plan.keys[layer]]
+        heads += [2 * n_head + h for h in self.projected_values(plan, layer)]
         self.c_attn = HeadLinear(config.n_embd, self.head_size, heads, 3 * n_head, bias=config.bias)
-        counts = (n_head, self.n_key, self.n_value)
+        counts = (n_head, self.n_key, len(heads) - n_head - self.n_key)
         self.c_attn.matrix_rows = [n * self.head_size for n in counts if n]
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         # over each head's numbers, one weight for all heads of the layer (as Qwen 3, Gemma 3)
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size) if config.qk_norm and self.n_key else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
+        others = [h for h, head in enumerate(plan.heads[layer]) if head.value[0] != layer]
+        self.scales = bool(gain and others)
+        if self.scales:
+            self.register_buffer('scaled', torch.tensor(others), persistent=False)
+            self.gain = nn.Parameter(torch.ones(len(others) if gain == 'head' else 1))
+            self.description += f', gain per {gain}'
+
+    def projected_values(self, plan: HeadPlan, layer: int) -> list[int]:
+        """The heads whose values are a projection of x."""
+        return plan.values[layer]
 
     def forward(self, x, memory: Memory, cache: KVCache | None = None):
-        B, T, _ = x.shape
-        hs = self.head_size
-        q, k, v = self.c_attn(x).split([self.n_head * hs, self.n_key * hs, self.n_value * hs], dim=2)
-        q = q.view(B, T, self.n_head, hs).transpose(1, 2)  # (B, n_head, T, hs)
-        k = k.view(B, T, self.n_key, hs).transpose(1, 2)  # (B, n_key, T, hs)
-        v = v.view(B, T, self.n_value, hs).transpose(1, 2)  # (B, n_value, T, hs)
-        q = memory.rotate(self.q_norm(q))
-        k = memory.rotate(self.k_norm(k))  # lagged heads read it as it is from here on
+        q, k, v = self.project(x, memory)
         k, v = self.read(k, v, memory, cache)  # pieces, n_head heads together, of (B, heads, S, hs), S >= T
-        if cache is not None and T == 1 and len(self.runs) > 1:
-            return self.output(self.attend_in_place(q, k, v, memory))
+        return self.output(self.attend(q, k, v, memory, cache))
+
+    def project(self, x, memory: Memory):
+        """x (B, T, C) -> q (B, n_head, T, hs), k (B, n_key, T, hs), v (B, n_value, T, hs), with norm and
+        rotation."""
+        return self.split(self.c_attn(x), memory)
+
+    def split(self, qkv, memory: Memory):
+        """(B, T, rows of c_attn) -> q, k, v as of project."""
+        B, T, _ = qkv.shape
+        qkv = qkv.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, heads, T, hs)
+        q, k, v = qkv.split([self.n_head, self.n_key, qkv.size(1) - self.n_head - self.n_key], dim=1)
+        # lagged heads read k as it is from here on
+        return memory.rotate(self.q_norm(q)), memory.rotate(self.k_norm(k)), v
+
+    def attend(self, q, k, v, memory: Memory, cache: KVCache | None):
+        """q (B, n_head, T, hs) over pieces k, v -> what the heads read, (B, n_head, T, hs)."""
+        if cache is not None and q.size(2) == 1 and len(self.runs) > 1:
+            return self.attend_in_place(q, k, v, memory)
         k, v = join(k), join(v)  # (B, n_head, S, hs) each
-        y = attend(q, k, v, self.mask(q, k, memory), self.dropout if self.training else 0.0)
-        return self.output(y)
+        return attend(q, k, v, self.mask(q, k, memory), self.dropout if self.training else 0.0)
 
     def mask(self, q, k, memory: Memory):
         """Who sees whom, (B or 1, 1, T, S) bool, for the T queries that are the last of S keys; None where
-        that
-        is simply everyone before."""
+        that is simply everyone before."""
         T, S = q.size(2), k.size(2)
         if not self.window or S <= self.window:
             return memory.mask
@@ -155,17 +179,24 @@ class HeadPlanAttention(Attention):
 
     def output(self, y):
         """y (B, n_head, T, hs) -> (B, T, n_embd)"""
+        if self.scales:
+            gain = self.gain.expand(len(self.scaled)).to(y.dtype)
+            y = y * y.new_ones(self.n_head).index_copy(0, self.scaled, gain)[:, None, None]
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def read(self, k, v, memory: Memory, cache: KVCache | None):
         """This layer's k (B, n_key, T, hs), v (B, n_value, T, hs) -> what its heads read, as lists of pieces
         (B, heads, S, hs) that are n_head heads together. Publishes what later layers read."""
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = self.hold(k, v, memory, cache)
         memory.published.append((cut(k, self.key_cuts), cut(v, self.value_cuts)))
         k = self.pieces(k, self.key_reads, [keys for keys, _ in memory.published])
         v = self.pieces(v, self.value_reads, [values for _, values in memory.published])
         return k, v
+
+    def hold(self, k, v, memory: Memory, cache: KVCache):
+        """k (B, n_key, T, hs), v (B, n_value, T, hs) of new tokens -> those of all tokens so far."""
+        return cache.append(k, v)
 
     @staticmethod
     def pieces(own, reads, published):

@@ -1,4 +1,4 @@
-"""Attentions that mix what earlier layers have computed with what the head plan gives a layer of its own."""
+"""Head plans with one more step: mixes of what earlier layers have computed, other inputs, other outputs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 from layers.contract import Memory, Place
 from layers.heads import HeadPlanAttention, KVCache, join
+from layers.windowed_mean import widen
 
 
 class ValueResidualAttention(HeadPlanAttention):
@@ -105,3 +107,48 @@ class LearnedSplitAttention(HeadPlanAttention):
         v = sum(share * v for share, (_, v) in zip(of_values, pairs, strict=True))
         k, v = (k, v) if cache is None else cache.append(k, v)
         return [k], [v]
+
+
+class MidpointAttention(HeadPlanAttention):
+    """Keys and values are this layer's own projections, but of what an earlier layer had as its input.
+
+    A lagged head of a plan reads keys that were trained for another layer's queries; here the reader has its
+    own.
+    """
+
+    def __init__(self, config, place: Place, *, layer: int = 2, **own):
+        """layer: whose input; layers up to it are plain self-attention."""
+        super().__init__(config, place, **own)
+        if not 0 <= layer < config.n_layer - 1:
+            raise ValueError(
+                f'midpoint(layer={layer}): from 0 to {config.n_layer - 2} of n_layer={config.n_layer}'
+            )
+        self.source = layer if place.layer > layer else None
+        if self.source is not None:
+            self.description += f', keys and values from the input of layer {layer}'
+
+    def project(self, x, memory: Memory):
+        if self.source is None:
+            return super().project(x, memory)
+        rows = self.n_head * self.head_size  # of the queries
+        weight, bias = self.c_attn.weight, self.c_attn.bias
+        parts = [
+            F.linear(of, weight[part], None if bias is None else bias[part])
+            for of, part in ((x, slice(0, rows)), (memory.inputs[self.source], slice(rows, None)))
+        ]
+        return self.split(torch.cat(parts, dim=2), memory)
+
+
+class ExclusiveAttention(HeadPlanAttention):
+    """What a token reads, without the part along its own value: y - (y · v / |v|²) v, so that attention is
+    left to bring what the residual stream has not (Zhai, 2026, arXiv:2603.09078)."""
+
+    def __init__(self, config, place: Place, **own):
+        super().__init__(config, place, **own)
+        self.description += ', exclusive'
+
+    def attend(self, q, k, v, memory: Memory, cache: KVCache | None):
+        y = super().attend(q, k, v, memory, cache)
+        own = join([piece[:, :, -q.size(2) :] for piece in v])  # (B, n_head, T, hs)
+        along, size = ((widen(a) * widen(own)).sum(-1, keepdim=True) for a in (y, own))
+        return y - (along / size.clamp(min=1e-12) * own).type_as(y)

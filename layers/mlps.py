@@ -29,6 +29,13 @@ class TanhMLP(MLP):
     approximate = 'tanh'
 
 
+class SquaredReLU(MLP):
+    """The same with relu(x)² (So et al., 2021)."""
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.relu(self.c_fc(x)).square()))
+
+
 class SwiGLU(nn.Module):
     """c_proj(silu(c_gate(x)) * c_fc(x)) (Shazeer, 2020).
 
@@ -50,4 +57,4 @@ class SwiGLU(nn.Module):
         return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
-MLPS = {'gelu': MLP, 'gelu_tanh': TanhMLP, 'swiglu': SwiGLU}
+MLPS = {'gelu': MLP, 'gelu_tanh': TanhMLP, 'relu2': SquaredReLU, 'swiglu': SwiGLU}

@@ -131,6 +131,43 @@ def cla(shape) -> list[list[Head]]:
     return [[Head((l - l % 2, h), (l - l % 2, h)) for h in range(shape.n_head)] for l in range(shape.n_layer)]
 
 
+def grouped(shape, groups: int = 2) -> list[list[Head]]:
+    """Grouped-query attention (Ainslie et al., 2023): `groups` sets of keys and values, shared by as many
+    heads each."""
+    if not 1 <= groups <= shape.n_head or shape.n_head % groups:
+        raise ValueError(f'groups={groups}: must divide n_head={shape.n_head}')
+    size = shape.n_head // groups
+    return [
+        [Head((l, h - h % size), (l, h - h % size)) for h in range(shape.n_head)]
+        for l in range(shape.n_layer)
+    ]
+
+
+def shared_above(shape, layer: int = 2) -> list[list[Head]]:
+    """Layers above `layer` read all of its keys and values and have none of their own (YOCO's upper half;
+    Sun et al., 2024)."""
+    _check_layer(shape, layer)
+    return [
+        [Head((min(l, layer), h), (min(l, layer), h)) for h in range(shape.n_head)]
+        for l in range(shape.n_layer)
+    ]
+
+
+def fused_lite(shape, layer: int = 2) -> list[list[Head]]:
+    """Layers above `layer` read its keys, and the values of layer 0, as they are (FusedKV-Lite,
+    arXiv:2512.03870)."""
+    _check_layer(shape, layer)
+    return [
+        [Head((min(l, layer), h), (0 if l > layer else l, h)) for h in range(shape.n_head)]
+        for l in range(shape.n_layer)
+    ]
+
+
+def _check_layer(shape, layer: int):
+    if not 0 <= layer < shape.n_layer:
+        raise ValueError(f'layer={layer}: from 0 to {shape.n_layer - 1}')
+
+
 class HeadPlan:
     """A checked table, and what follows from it for every layer.
 

@@ -15,21 +15,31 @@ from layers.contract import Attention, Place
 from layers.gated_delta import GatedDeltaAttention
 from layers.heads import HeadPlanAttention
 from layers.leap import AdditiveAttention, LeapAttention
-from layers.mixes import LearnedSplitAttention, LimeAttention, ValueResidualAttention
+from layers.mixes import (
+    ExclusiveAttention,
+    LearnedSplitAttention,
+    LimeAttention,
+    MidpointAttention,
+    ValueResidualAttention,
+)
 from layers.plans import (
     Head,
     HeadPlan,
     Shape,
     cla,
+    fused_lite,
+    grouped,
     layer0,
     reflex,
     reflex_all,
     reflex_all_oldest,
     reflex_all_values,
+    shared_above,
     vanilla,
 )
 from layers.positions import POSITIONS
 from layers.spec import Word, by_layer
+from layers.tokens import BankAttention, EmbeddingValueAttention
 
 
 class Kind(NamedTuple):
@@ -49,11 +59,19 @@ ATTENTIONS = {
     'reflex_all_values': Kind(plan=reflex_all_values),
     'layer0': Kind(plan=layer0),
     'cla': Kind(plan=cla),
+    'grouped': Kind(plan=grouped),
+    'shared_above': Kind(plan=shared_above),
+    'fused_lite': Kind(plan=fused_lite),
     # a head plan, and a mix of earlier layers with what it gives a layer of its own
     'value_residual': Kind(ValueResidualAttention, vanilla),
     'layer0_residual': Kind(ValueResidualAttention, layer0),
     'lime': Kind(LimeAttention, vanilla),
     'learned_split': Kind(LearnedSplitAttention, vanilla),
+    # a head plan with other inputs or outputs
+    'midpoint': Kind(MidpointAttention, vanilla),
+    'exclusive': Kind(ExclusiveAttention, vanilla),
+    'bank': Kind(BankAttention, vanilla),
+    'embedding_values': Kind(EmbeddingValueAttention, vanilla),
     # no token-by-token scores: recurrences
     'additive': Kind(AdditiveAttention),
     'leap': Kind(LeapAttention),

@@ -25,8 +25,11 @@ def make_optimizer(model, k, device_type: str):
 
 
 def hidden_matrices(model) -> list[nn.Parameter]:
-    """The weights of linear layers, but for those that are token tables too (lm_head)."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """The weights of linear layers inside the blocks: not of the head, whether it is the token table or
+    not."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {
+        id(model.lm_head.weight)
+    }
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     return [w for w in weights if w.requires_grad and id(w) not in tables]
 
