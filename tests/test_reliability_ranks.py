@@ -9,8 +9,9 @@ from functools import partial
 
 import pytest
 
+import runs.start
+import runs.step
 import tiny
-import train
 from runs import checkpoint
 from runs.checkpoint import BEST, LAST
 from tiny import (
@@ -92,7 +93,7 @@ def test_a_signal_in_an_evaluation_stops_both(tmp_path, data, straight):
 
 
 def _signal_in_evaluation():
-    batches, real = [], train.eval_batch
+    batches, real = [], runs.step.eval_batch
 
     def eval_batch(*args):
         batches.append(args)
@@ -100,18 +101,18 @@ def _signal_in_evaluation():
             kill_me(signal.SIGTERM)
         return real(*args)
 
-    train.eval_batch = eval_batch
+    runs.step.eval_batch = eval_batch
 
 
 def _nan_at_step(step):
     def poison():
-        real = train.get_batch
+        real = runs.step.get_batch
 
         def broken(tokens, *args):
             x, y = real(tokens, *args)
             return x, y * 0 - 1  # no target counts: the mean over nothing is nan
 
-        train.get_batch = broken
+        runs.step.get_batch = broken
 
     tiny.at_step(step, poison)
 
@@ -187,8 +188,8 @@ def test_ranks_that_do_not_start_alike_are_refused(tmp_path, data):
 
 
 def _other_seed():
-    check = train.check
-    train.check = lambda k: (check(k), object.__setattr__(k, 'seed', 7))
+    check = runs.start.check
+    runs.start.check = lambda k: (check(k), object.__setattr__(k, 'seed', 7))
 
 
 def test_plain_tokens_resume_on_two_ranks(tmp_path, data):
