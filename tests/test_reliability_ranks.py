@@ -12,6 +12,7 @@ import pytest
 import runs.start
 import runs.step
 import tiny
+import train
 from runs import checkpoint
 from runs.checkpoint import BEST, LAST
 from tiny import (
@@ -257,6 +258,34 @@ def assert_resumes(out, straight):
         assert_same_run(straight(2), out, [LAST])
     common = [r for r in lines(out) if r['iter'] < 12]
     assert common == [r for r in lines(straight(2)) if r['iter'] < 12]
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory, data):
+    """config/reflex_422.py, made small, on one rank: one micro-batch per step, of 5 sequences."""
+    out = tmp_path_factory.mktemp('alone')
+    assert train.main([REFLEX_422, *flags(out, dataset=data, **README_RUN)]) == 0
+    return out
+
+
+REFLEX_422 = str(tiny.ROOT / 'config' / 'reflex_422.py')
+README_RUN = {k: v for k, v in TINY.items() if k not in ('attention', 'head_split')}
+README_RUN |= {'n_head': 8, 'batch_size': 5, 'gradient_accumulation_steps': 1, 'dropout': 0.0}
+
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_the_line_of_the_readme_trains_on_any_number_of_ranks(tmp_path, data, alone, n):
+    """A micro-batch that they cannot share out whole is divided: the same data, the same curve."""
+    argv = [REFLEX_422, *flags(tmp_path, dataset=data, **README_RUN)]
+    if n == 2:
+        torchrun = Torchrun(ONE_HOST, 'train.py', argv)
+        assert torchrun.end() == 0, torchrun.seen
+    else:
+        assert run_ranks(n, argv, tmp_path) == [0] * n
+    for one, other in zip(lines(alone), lines(tmp_path), strict=True):
+        assert one.keys() == other.keys() and one == pytest.approx(other, rel=2e-5)
+    resumed = flags(tmp_path, init_from='resume', max_iters=13)
+    assert run_ranks(n, resumed, tmp_path) == [0] * n
 
 
 def test_two_hosts(tmp_path, data, straight):
