@@ -25,8 +25,8 @@ from configurator import ConfigError, configure, run_program
 from data.tokenizer import from_spec
 from layers.leap import Mean
 from model import GPT
-from runs import checkpoint
-from sample import document_start, read_prompt
+from runs.models import load_model
+from runs.text import document_start, read_prompt
 
 matplotlib.use('Agg')  # needs no display
 import matplotlib.pyplot as plt
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
     text = read_prompt(k.text)
     if not text:
         raise ConfigError('text is empty: give --text="…" or --text=FILE:prompt.txt')
-    model, state = checkpoint.load_model(k.out_dir, k.checkpoint)
+    model, state = load_model(k.out_dir, k.checkpoint)
     if state['tokenizer'] is None:
         raise ConfigError(f'{k.out_dir} was trained on plain token files: no tokenizer is known to read with')
     if not isinstance(model, GPT):

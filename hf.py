@@ -21,7 +21,7 @@ from configurator import ConfigError, UserError, configure, run_program
 from data.tokenizer import from_spec
 from hierarchy import Hierarchy
 from model import GPT, LanguageModel
-from runs import checkpoint
+from runs.models import load_model
 from runs.pretrained import ACTIVATIONS, TRANSPOSED
 
 try:
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
     if not k.to:
         raise ConfigError("to='': give the folder to write, such as --to=exported")
-    model, state = checkpoint.load_model(k.out_dir, k.checkpoint)
+    model, state = load_model(k.out_dir, k.checkpoint)
     tokenizer = from_spec(state['tokenizer']) if state['tokenizer'] else None
     export(model, tokenizer, k.to, k.as_gpt2)
     kind = 'a GPT-2' if k.as_gpt2 else model.config.attention

@@ -34,7 +34,7 @@ def random_gpt(config, seed=0, std=0.2):
     are not at their start either."""
     import torch
 
-    from runs.checkpoint import MODELS
+    from runs.models import MODELS
 
     model = next(m for m in MODELS.values() if m.config_class is type(config))(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)

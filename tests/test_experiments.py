@@ -18,7 +18,7 @@ import experiments
 import train
 from configurator import ConfigError
 from runs import metrics
-from runs.checkpoint import MODELS
+from runs.models import MODELS
 
 RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at the one beyond
 # Takes train.py's place: the same arguments and files, a loss that is a formula, no torch.
