@@ -377,7 +377,7 @@ def bench_generation(args) -> dict:
                 if name == 'nanoGPT':
                     streams[name] = nanogpt_stream(models[name], idx, rounds * n + 1)
                 else:
-                    streams[name] = models[name].stream(idx, rounds * n + 1, 0, use_cache=cached)
+                    streams[name] = models[name].stream(idx, rounds * n + 1, temperature=0, use_cache=cached)
                 with autocast_for(args.device, args.dtype):
                     next(streams[name])  # reads the context
 
@@ -423,9 +423,9 @@ def bench_tokens(args) -> dict:
         prepare(args.arms[0], args)
         seconds, drawn = {}, {}
         for lookup in (0, LOOKUP):
-            model.generate(idx, 20, 0, lookup=lookup)
+            model.generate(idx, 20, temperature=0, lookup=lookup)
             began = args.clock()
-            drawn[lookup] = model.generate(idx, n, 0, lookup=lookup)
+            drawn[lookup] = model.generate(idx, n, temperature=0, lookup=lookup)
             synchronize(args.device)
             seconds[lookup] = args.clock() - began
         prepare(NANOGPT[0], args)

@@ -33,7 +33,8 @@ from layers.heads import KVCache, attend
 from layers.mlps import MLPS
 from layers.norms import NORMS
 from layers.positions import POSITIONS
-from layers.registry import make_attentions
+from layers.registry import kinds_of, make_attentions
+from layers.tokens import TokenTable
 from model import Block, Cache, GPTConfig, LanguageModel, count, flops
 from shape import GPTShape, HierarchyShape
 
@@ -101,7 +102,13 @@ class HierarchyConfig(HierarchyShape, GPTConfig):
             )
         for r in range(len(K)):
             self.at(r)
-        self.stack()
+        for name, kind in kinds_of(self.stack()).items():
+            if kind.layer.reads_tokens:
+                raise ValueError(f'attention={name!r} reads tokens, but in a hierarchy it works on latents')
+        if self.x0_skip:
+            raise ValueError(
+                'x0_skip=True: a block of a hierarchy works on latents, which are of several tokens'
+            )
 
     def _check_channels(self):
         C, s = self.n_embd, self.channels
@@ -509,7 +516,7 @@ class Hierarchy(LanguageModel):
         tokens, n = config.at(0), config.levels
         self.transformer = nn.ModuleDict(
             {
-                'wte': nn.Embedding(config.vocab_size, tokens.n_embd),
+                'wte': TokenTable(config.vocab_size, tokens.n_embd),
                 # by length: a level's are those of the encoder and of the decoder
                 'wpe': nn.ModuleList([POSITIONS[config.position](config.at(r)) for r in range(n + 1)]),
                 'drop': nn.Dropout(config.dropout),

@@ -24,6 +24,7 @@ from layers.norms import NORMS
 from layers.plans import HeadPlan
 from layers.positions import POSITIONS, Position
 from layers.registry import head_plan, make_attentions
+from layers.tokens import TokenTable
 from shape import GPTShape
 
 
@@ -257,7 +258,7 @@ class GPT(LanguageModel):
         self.padding = min((attn.padding for attn in attentions), key=PADDING.index)
         self.transformer = nn.ModuleDict(
             {
-                'wte': nn.Embedding(config.vocab_size, config.n_embd),
+                'wte': TokenTable(config.vocab_size, config.n_embd),
                 'wpe': POSITIONS[config.position](config),  # has parameters only where they are learned
                 'drop': nn.Dropout(config.dropout),
                 'h': nn.ModuleList([Block(config, attn) for attn in attentions]),

@@ -67,6 +67,7 @@ class ReflexConfig(PreTrainedConfig):
         if all(isinstance(text, str) for text in (self.attention, self.head_split, self.windows)):
             self.attention = canonical(self.attention, self.head_split, self.windows)
             self.head_split = self.windows = ''  # older spellings, of older exports
+        self.tied = self.tie_word_embeddings = bool(self.tied and self.tie_word_embeddings)
         super().__post_init__(**kwargs)
 
     def gpt_config(self) -> GPTConfig:
@@ -76,8 +77,6 @@ class ReflexConfig(PreTrainedConfig):
     def validate_gpt(self):
         """transformers calls every validate_… when a config is made: what does not fit is refused there."""
         self.gpt_config()
-        if not self.tie_word_embeddings:
-            raise ValueError('tie_word_embeddings=False: lm_head and wte are one tensor in these models')
 
 
 @strict

@@ -79,6 +79,11 @@ ATTENTIONS = {
 }
 
 
+def kinds_of(config) -> dict[str, Kind]:
+    """What the words of config.attention stand for, by their names."""
+    return {word.name: _kind(config, word) for word, _, _ in by_layer(config.attention, config.n_layer)}
+
+
 def make_attentions(config) -> list[Attention]:
     """The attention of every layer. config: of n_layer, n_head, n_embd, head_size, attention, position,
     qk_norm,

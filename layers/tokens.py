@@ -13,6 +13,10 @@ from layers.heads import HeadLinear, HeadPlanAttention, KVCache
 from layers.plans import HeadPlan
 
 
+class TokenTable(nn.Embedding):
+    """A table with a row for every id of the vocabulary."""
+
+
 class BankAttention(HeadPlanAttention):
     """Values are rows of a table of the layer's own, one per token of the vocabulary: Bank of Values (He
     et al., 2026, arXiv:2606.02780), which has them in the last third of the layers, as in 'vanilla*4
@@ -22,7 +26,7 @@ class BankAttention(HeadPlanAttention):
 
     def __init__(self, config, place: Place, **own):
         super().__init__(config, place, **own)
-        self.bank = nn.Embedding(config.vocab_size, self.n_value * self.head_size)
+        self.bank = TokenTable(config.vocab_size, self.n_value * self.head_size)
         self.scale = math.sqrt(config.n_embd)  # values then start as large as projected ones
         self.description += ', values from a bank'
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configurator import ConfigError, from_dict
+from shape import HierarchyShape
 
 if TYPE_CHECKING:
     from model import GPTConfig
@@ -22,7 +23,7 @@ BEFORE = {'muon_qkv': 'whole'}
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(HierarchyShape):
     # output
     out_dir: str = ''  # the folder of the run; '' = out/<names of the config files>
     overwrite: bool = False  # start over in a folder that holds a run, and delete its files
@@ -48,40 +49,8 @@ class Knobs:
     vocab_size: int = 0  # only for a plain .bin without meta.json; 0 = what meta.json says
     gradient_accumulation_steps: int = 1  # micro-batches per step, in total over all ranks
     batch_size: int = 32  # sequences per micro-batch
-    block_size: int = 1024  # tokens per sequence
-    # model
-    model: str = 'gpt'  # gpt | hierarchy (groups of tokens become latents; the knobs below shape their stack)
-    n_layer: int = 6  # blocks
-    n_head: int = 8  # attention heads per layer
-    n_embd: int = 768  # width of the residual stream, a multiple of n_head
-    dropout: float = 0.0  # on embeddings, attention weights and the outputs of attention and MLP
-    bias: bool = False  # whether linear layers and norms have biases
-    attention: str = 'vanilla'  # vanilla | reflex | leap | … (plans.py, leap.py), by layer 'leap*4 reflex*2'
-    head_split: str = '4-2-2'  # attention='reflex': heads with lag 0, 1, 2, …; '8/4-2-2' = keys/values apart
-    windows: str = 'auto'  # additive, leap: auto | global | tokens per layer, '4-8-16-32-64-0' (0: global)
-    norm: str = 'layernorm'  # layernorm | rmsnorm
-    mlp: str = 'gelu'  # gelu | gelu_tanh (GPT-2's approximation of it) | swiglu; all are of about equal size
-    position: str = 'learned'  # learned (a table) | rotary (queries and keys are turned) | none
-    qk_norm: bool = False  # an rmsnorm per head on queries and keys
-    # hierarchy (model='hierarchy'): lists of lengths go from tokens to the last level, '16-2', '64-128-256'
-    groups: int = 16  # groups in a sequence, of block_size / groups tokens each
-    latents: str = '16-2'  # latents per group: of level 1, of level 2, …
-    widths: str = '64-128-768'  # of tokens, of level 1, …; the last one is n_embd
-    compression: str = 'perceiver'  # perceiver (a group's last tokens ask all of it) | transformer
-    compress_blocks: int = 2  # compression='transformer': blocks in the group before every level
-    local_blocks: str = '1'  # blocks inside groups, at every length, or apart: '1-2-0' (tokens, level 1, 2)
-    global_blocks: str = '1'  # blocks over all groups, likewise
-    block_order: str = 'interleaved'  # local, global, local, … | serial: the local ones first
-    upsample: str = 'repeat'  # latents, to the length before | attention: and attend to them in the group
-    skip: str = 'sum'  # how the encoder's stream joins the decoder's: sum | interpolate (learned shares)
-    dense: bool = False  # DenseFormer: a latent block's input is a learned sum of all earlier outputs
-    channels: int = 1  # channels of the latent stack's multi-channel blocks; 1 = plain blocks
-    channel_every: int = 1  # every so many blocks of the stack is a multi-channel one
-    channel_mlp: float = 1.0  # hidden size of a channel's own MLP, times 4 n_embd / channels
-    channel_shared_kv: bool = False  # one key and one value for all channels
-    channel_shared_mlps: int = 0  # MLPs that all channels use beside their own
-    channel_merge: str = 'softmax'  # how channels are merged, element by element: softmax | max | mean
-    latent_loss: float = 0.0  # weight of predicting the next latent, reached after a fifth of the training
+    # model: the fields of shape.py, which come first in this class
+    model: str = 'gpt'  # gpt | hierarchy (groups of tokens become latents, whose stack the model knobs shape)
     # optimizer
     optimizer: str = 'adamw'  # adamw | muon (for the matrices inside the blocks, AdamW for the rest)
     learning_rate: float = 1e-3  # the highest, after warm-up
@@ -106,6 +75,12 @@ class Knobs:
     threads: int = 0  # CPU threads per process; 0 = torch's choice
     backend: str = 'auto'  # of torch.distributed: auto | nccl | gloo
     dist_timeout: float = 600.0  # seconds after which ranks give up on one that does not answer
+
+    def __post_init__(self):
+        try:
+            super().__post_init__()
+        except ValueError as e:
+            raise ConfigError(str(e)) from None
 
 
 def check(k: Knobs):

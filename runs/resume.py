@@ -12,7 +12,7 @@ from runs.console import say
 from runs.diagnostics import SpikeWatch
 from runs.knobs import Knobs, saved_knobs
 from runs.metrics import RUN
-from runs.models import kind_of
+from runs.models import MODELS, kind_of
 from runs.step import TrainingStep
 
 
@@ -84,7 +84,8 @@ def refuse_other_run(state: dict, data, k: Knobs, config: GPTConfig):
                 f'the {what} is {str(now)[:12]}, but the checkpoint in {k.out_dir} was trained with '
                 f'{str(then)[:12]}: give its --dataset, or start another run in another --out_dir'
             )
-    trained = {**state['model_args'], 'model': kind_of(state)}
+    then = MODELS[kind_of(state)].config_class(**state['model_args'])  # in today's spelling
+    trained = {**asdict(then), 'model': kind_of(state)}
     trained['optimizer'] = state['config'].get('optimizer', 'adamw')  # which runs did not say before Muon
     for name, now in {'model': k.model, 'optimizer': k.optimizer, **asdict(config)}.items():
         then = trained.get(name, now)

@@ -44,6 +44,15 @@ def random_gpt(config, seed=0, std=0.2):
     return model.eval()
 
 
+def small_specs() -> list[str]:
+    """Every attention of the registry, with options for models of 3 or 4 layers of 4 heads."""
+    from layers.registry import ATTENTIONS
+
+    options = {'reflex': '2-2', 'layer0': '4/2-2', 'layer0_residual': '4/2-2'}
+    options |= dict.fromkeys(['shared_above', 'fused_lite', 'midpoint'], 'layer=0')
+    return [f'{name}({options[name]})' if name in options else name for name in ATTENTIONS]
+
+
 CAPITALS = {'Франции': 'Париж', 'Японии': 'Токио', 'Китая': 'Пекин'}
 INSTRUCTIONS = [
     {'question': f'Какая столица {country}?', 'answer': f'Столица {country} — {city}.'}

@@ -210,7 +210,7 @@ def test_weights_of_one_kind_do_not_load_into_another_of_the_same_shapes(changes
     'changes, message',
     [
         ({'norm': 'batchnorm'}, "norm='batchnorm' is unknown: one of layernorm, rmsnorm"),
-        ({'mlp': 'relu'}, "mlp='relu' is unknown: one of gelu, gelu_tanh, swiglu"),
+        ({'mlp': 'relu'}, "mlp='relu' is unknown: one of gelu, gelu_tanh, relu2, swiglu"),
         ({'position': 'alibi'}, "position='alibi' is unknown: one of learned, rotary, none"),
         ({'position': 'rotary', 'n_embd': 36}, 'n_embd=36 / n_head=4 gives heads of 9: choose an even'),
     ],

@@ -9,10 +9,9 @@ from dataclasses import MISSING, asdict, fields, replace
 import pytest
 import torch
 
-from conftest import random_gpt
+from conftest import random_gpt, small_specs
 from data.tokenizer import Bytes, Chars, Tiktoken, train_bpe
 from hierarchy import HierarchyConfig
-from layers.registry import ATTENTIONS
 from model import GPT, GPTConfig
 from runs import checkpoint
 
@@ -32,9 +31,11 @@ TINY = GPTConfig(
     n_embd=32,
     attention='reflex(2-1-1)',
 )
-SPLIT = {'reflex': '2-1-1', 'layer0': '2-1-1', 'layer0_residual': '4/2-1-1'}  # of four heads
 KINDS = {
-    **{name: {'attention': f'{name}({SPLIT[name]})' if name in SPLIT else name} for name in ATTENTIONS},
+    **{spec: {'attention': spec} for spec in small_specs()},
+    'three lags': {'attention': 'reflex(2-1-1)'},
+    'first layer, values apart': {'attention': 'layer0_residual(4/2-1-1)'},
+    'all that is new': {'x0_skip': True, 'softcap': 5.0, 'tied': False, 'mlp': 'relu2', 'mlp_hidden': 80},
     'keys and values apart': {'attention': 'reflex(4/2-1-1)'},
     'no own key': {'attention': 'reflex(2-2/4)', 'n_layer': 2},
     'windows': {'attention': 'vanilla(window=3)*2 reflex(2-1-1, window=5)'},
@@ -87,7 +88,7 @@ def test_exported_and_loaded_it_is_the_same_model(exported, kind):
     torch.testing.assert_close(out.logits, wanted, rtol=1e-5, atol=1e-5)
     loss = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-5)
-    assert loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight
+    assert (loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight) == model.config.tied
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -204,8 +205,8 @@ def test_the_config_is_gptconfig_and_checks_like_it():
     assert named.max_position_embeddings == 16 and named.hidden_size == 64
     with pytest.raises(Exception, match="head split '4-2-2' adds up to 8 heads, but n_head=4"):
         ReflexConfig(n_head=4, attention='reflex')
-    with pytest.raises(Exception, match='tie_word_embeddings=False'):
-        ReflexConfig(tie_word_embeddings=False)
+    for untied in (ReflexConfig(tie_word_embeddings=False), ReflexConfig(tied=False)):
+        assert not untied.tied and not untied.tie_word_embeddings and not untied.gpt_config().tied
 
 
 def test_a_new_model_starts_as_gpt_does():
@@ -225,7 +226,7 @@ def test_a_new_model_starts_as_gpt_does():
 )
 def test_weights_do_not_load_into_another_model(exported, change):
     with pytest.raises(ValueError, match='another attention plan or kind of block'):
-        ReflexForCausalLM.from_pretrained(exported('reflex')[0], **change)
+        ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0], **change)
 
 
 def test_missing_weights_are_refused(exported, tmp_path):
@@ -247,7 +248,7 @@ def test_bf16_and_more_tokens(exported):
     half = ReflexForCausalLM.from_pretrained(exported('modern')[0], dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert greedy(half, tokens()).shape == (2, 18)
-    model = ReflexForCausalLM.from_pretrained(exported('reflex')[0])
+    model = ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0])
     before = model(tokens()).logits
     model.resize_token_embeddings(53)
     assert model.config.vocab_size == 53 and model.gpt.lm_head.weight is model.gpt.transformer.wte.weight
@@ -255,7 +256,7 @@ def test_bf16_and_more_tokens(exported):
 
 
 def test_what_is_not_offered_says_so(exported):
-    model = ReflexForCausalLM.from_pretrained(exported('reflex')[0])
+    model = ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0])
     with pytest.raises(ValueError, match='output_attentions is not offered'):
         model(tokens(), output_attentions=True)
     for name in ('past_key_values', 'cache'):  # before transformers 5.24 and since

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import explain
-from conftest import random_gpt
+from conftest import random_gpt, small_specs
 from hierarchy import Hierarchy, HierarchyConfig
 from layers.contract import PADDING, Attention
 from layers.positions import POSITIONS
@@ -19,12 +19,7 @@ from model import GPT, GPTConfig
 from runs import checkpoint
 from tiny import assert_same_run, resume, start, write_tokens
 
-OPTIONS = {  # of four heads and layers, where the defaults are of another size
-    'reflex': '2-2',
-    'layer0': '4/2-2',
-    'layer0_residual': '4/2-2',
-}
-SPECS = [f'{name}({OPTIONS[name]})' if name in OPTIONS else name for name in ATTENTIONS]
+SPECS = small_specs()
 SIZE = {'block_size': 24, 'vocab_size': 64, 'n_layer': 4, 'n_head': 4, 'n_embd': 32}
 
 
@@ -237,6 +232,10 @@ def test_beside_reflex_layers(spec):
 @torch.no_grad()
 def test_inside_the_hierarchy(spec):
     shape = {'groups': 6, 'latents': '2', 'widths': '32-32', 'local_blocks': '1-0', 'global_blocks': '0'}
+    if layer_class(spec).reads_tokens:
+        with pytest.raises(ValueError, match='works on latents'):
+            HierarchyConfig(**SIZE, **shape, attention=spec)
+        return
     config = HierarchyConfig(**SIZE, **shape, attention=spec)
     model, idx = random_gpt(config, std=0.1).double(), tokens()
     assert isinstance(model, Hierarchy)

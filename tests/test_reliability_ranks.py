@@ -270,7 +270,7 @@ def alone(tmp_path_factory, data):
 
 REFLEX_422 = str(tiny.ROOT / 'config' / 'reflex_422.py')
 README_RUN = {k: v for k, v in TINY.items() if k not in ('attention', 'head_split')}
-README_RUN |= {'n_head': 8, 'batch_size': 5, 'gradient_accumulation_steps': 1, 'dropout': 0.0}
+README_RUN |= {'n_layer': 3, 'n_head': 8, 'batch_size': 5, 'gradient_accumulation_steps': 1, 'dropout': 0.0}
 
 
 @pytest.mark.parametrize('n', [2, 3])
