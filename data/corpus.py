@@ -1,15 +1,14 @@
-"""Text to token files: the one path that every `data/*/prepare.py` takes.
+"""Text to token files: the one path that every prepare.py takes.
 
     sources -> pieces of text -> chunks of about 4 MB -> tokens, on all cores -> train.bin, val.bin, meta.json
 
-Memory does not grow with the corpus: sources are read as streams, and two chunks more than workers are under
-way. A chunk is a file of its own in `.prepare/` until all are there, so a killed run goes on where it
-stopped, and nothing looks finished before meta.json, which is written last. What a chunk holds depends on the
-text alone: the token files are the same byte for byte however many processes made them, and however often
-they were killed.
+Memory does not grow with the corpus: sources are read as streams, and at most two chunks more than there are
+workers are in memory. A chunk is a file of its own in `.prepare/` until all chunks are there, so a killed
+preparation goes on where it stopped, and nothing looks finished before meta.json, which is written last. What
+a chunk holds depends on the text alone: the token files are the same byte for byte however many processes
+made them, and however often they were killed.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,9 +29,11 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.sources import (
@@ -39,42 +41,37 @@ from data.sources import (
     PIECE,
     STARTS,
     CorpusError,
+    Piece,
+    Source,
+    Splits,
     TextFile,
-    download,
     estimate,
-    file_source,
-    hub_sources,
     identity,
     named,
     one_line,
-    paths,
     stored_files,
-    text_size,
 )
-from data.tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, dtype_for, open_data, read_json
-from data.tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
+from data.tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, Meta, dtype_for, open_data, read_json
+from data.tokenizer import Chars, Tokenizer, from_spec, load, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
 BATCH = 1 << 20  # bytes of text whose ids are Python integers at the same time
 FIT_BYTES = 1 << 30  # bytes of the training split that a BPE is trained on at most: the first
 SMALL = 1 << 24  # bytes of text that are not worth starting processes for
-TINY_SHAKESPEARE = (
-    'https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
-    'data/tinyshakespeare/input.txt',
-    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
-)
+
+Position = tuple[int, int]  # (source, piece of it): where to go on, without a look into the sources before
+Chunk = tuple[list[bytes], list[int], Position]  # pieces, their flags, the position after them
 
 
 # Encoding -------------------------------------------------------------------
 
 
-def chunks(sources, at=(0, 0)):
-    """The pieces of all sources from position `at` on, in chunks -> (pieces, flags, position after).
-
-    A position is (source, piece of it), so that going on needs no look into the sources before.
-    """
-    pieces, flags, size = [], [], 0
+def chunks(sources: list[Source], at: Position = (0, 0)) -> Iterator[Chunk]:
+    """The pieces of all sources from position `at` on, in chunks."""
+    pieces: list[bytes] = []
+    flags: list[int] = []
+    size = 0
     for i in range(at[0], len(sources)):
         with named(sources[i]):
             for j, (piece, flag) in enumerate(sources[i].pieces()):
@@ -91,14 +88,22 @@ def chunks(sources, at=(0, 0)):
 
 
 @lru_cache(maxsize=1)
-def stored_tokenizer(spec_path, fingerprint):
-    """The tokenizer of the spec in that file, which is the one with that fingerprint."""
+def stored_tokenizer(spec_path: Path, fingerprint: str) -> Tokenizer:
+    """The tokenizer of the spec in that file, which must have that fingerprint."""
     spec = json.loads(Path(spec_path).read_text(encoding='utf-8'))
     return from_spec({**spec, 'fingerprint': fingerprint})
 
 
-def encode_chunk(path, spec, pieces, flags, after, begin, end):
-    """Encodes a chunk to the file `path`: tokens, a row (tokens, bytes, flags) per piece, the position after.
+def encode_chunk(
+    path: Path,
+    spec: tuple[Path, str],
+    pieces: list[bytes],
+    flags: list[int],
+    after: Position,
+    begin: int | None,
+    end: int | None,
+) -> int:
+    """Encode a chunk to the file `path`: tokens, a row (tokens, bytes, flags) per piece, the position after.
 
     - spec: the file and the fingerprint of the tokenizer
     - begin, end: ids put before and after every document, or None
@@ -107,7 +112,8 @@ def encode_chunk(path, spec, pieces, flags, after, begin, end):
     """
     tokenizer = stored_tokenizer(*spec)
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
-    arrays, low = [], 0
+    arrays: list[NDArray[Any]] = []
+    low = 0
     while low < len(pieces):
         high, size = low, 0
         while high < len(pieces) and (size == 0 or size + len(pieces[high]) <= BATCH):
@@ -126,7 +132,7 @@ def encode_chunk(path, spec, pieces, flags, after, begin, end):
 
 
 @contextmanager
-def replacing(path):
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under its name complete or not at all."""
     temporary = Path(f'{path}.{os.getpid()}')
     try:
@@ -139,18 +145,19 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, content):
+def write_json(path: Path, content: Any) -> None:
     with replacing(path) as file:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode('utf-8'))
 
 
-def _start_worker():
+def _start_worker() -> None:
     """Workers leave Ctrl-C to the parent, use one thread each, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
-    def end_with_parent():
-        parent_process().join()
+    def end_with_parent() -> None:
+        if parent := parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -159,46 +166,67 @@ def _start_worker():
 class Inline(Executor):
     """An executor that works at once, in this process."""
 
-    def submit(self, function, /, *args):
-        future = Future()
-        future.set_result(function(*args))
+    def submit(self, function: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **more))
         return future
 
 
-def encode_split(folder, sources, spec, executor, under_way, bar, begin, end):
-    """Encodes the chunks of a split that are not there yet to folder/000000.npz and so on -> their paths."""
+def encode_split(
+    folder: Path,
+    sources: list[Source],
+    spec: tuple[Path, str],
+    executor: Executor,
+    in_flight: int,
+    bar: tqdm,
+    begin: int | None,
+    end: int | None,
+) -> list[Path]:
+    """Encode the chunks of a split that are missing to folder/000000.npz and so on; the paths of all.
+
+    in_flight: how many chunks may wait for a worker or be with one.
+    """
     folder.mkdir(exist_ok=True)
-    done, after = [], (0, 0)
+    done: list[Path] = []
+    after = (0, 0)
     while (path := folder / f'{len(done):06d}.npz').is_file():
-        table, position = load_chunk(path, 'table', 'after')
-        after = tuple(position.tolist())
+        table, (source, piece) = read_chunk(path, 'table', 'after')
+        after = int(source), int(piece)
         done.append(path)
         bar.update(int(table[:, 1].sum()))
-    pending = set()
+    pending: set[Future[int]] = set()
     for pieces, flags, after_this in chunks(sources, after):
         path = folder / f'{len(done):06d}.npz'
         arguments = (path, spec, pieces, flags, after_this, begin, end)
         pending.add(executor.submit(encode_chunk, *arguments))
         done.append(path)
-        while len(pending) > under_way:
+        while len(pending) > in_flight:
             pending = _collect(pending, bar)
     while pending:
         pending = _collect(pending, bar)
     return done
 
 
-def encode_splits(work, splits, spec, text_bytes, num_proc, begin, end):
-    """Encodes every split with that many processes, behind a bar -> {split: paths of its chunks}."""
-    if num_proc == 1 or text_bytes < SMALL:
-        executor, under_way = Inline(), 0
-    else:
-        executor, under_way = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker), num_proc + 2
+def encode_splits(
+    work: Path,
+    splits: Splits,
+    spec: tuple[Path, str],
+    text_bytes: int,
+    num_proc: int,
+    begin: int | None,
+    end: int | None,
+) -> dict[str, list[Path]]:
+    """Encode every split with that many processes, and show a bar; the paths of the chunks of each split."""
+    executor: Executor = Inline()
+    in_flight = 0
+    if num_proc > 1 and text_bytes >= SMALL:
+        executor, in_flight = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker), num_proc + 2
     often = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=text_bytes, unit='B', unit_scale=True, desc=work.parent.name, mininterval=often)
     done = {}
     try:
         for split, sources in splits.items():
-            done[split] = encode_split(work / split, sources, spec, executor, under_way, bar, begin, end)
+            done[split] = encode_split(work / split, sources, spec, executor, in_flight, bar, begin, end)
         bar.total = bar.n  # the total was an estimate
     except BrokenProcessPool as error:
         raise CorpusError(
@@ -211,8 +239,8 @@ def encode_splits(work, splits, spec, text_bytes, num_proc, begin, end):
     return done
 
 
-def _collect(pending, bar):
-    """Waits for one of the chunks under way -> those that still are."""
+def _collect(pending: set[Future[int]], bar: tqdm) -> set[Future[int]]:
+    """Wait for one of the chunks in flight; those that still are."""
     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
     for future in finished:
         bar.update(future.result())
@@ -222,15 +250,15 @@ def _collect(pending, bar):
 # The tokenizer --------------------------------------------------------------
 
 
-def fitted(name):
+def fitted(name: str) -> bool:
     """Whether a tokenizer of this name is made from the corpus."""
     return name == 'chars' or name.startswith('bpe:')
 
 
-def fit(name, splits, holdout):
+def fit(name: str, splits: Splits, holdout: 'Holdout | None') -> Tokenizer:
     """The tokenizer made from the corpus: 'chars' from all splits, 'bpe:N' from the training split."""
     if name == 'chars':
-        seen = set()
+        seen: set[str] = set()
         for sources in splits.values():
             for text in _texts(sources):
                 seen.update(text)
@@ -238,21 +266,23 @@ def fit(name, splits, holdout):
     size = name.removeprefix('bpe:')
     if not size.isdecimal():
         raise CorpusError(f'{name!r}: a BPE is asked for with its vocabulary size, as in bpe:4096')
-    held = frozenset()
+    held: frozenset[int] = frozenset()
     if holdout:
         count = sum(bool(flag & ENDS) for _, flag in _pieces(splits['train']))
         held = frozenset(holdout.documents(count).tolist())
     return train_bpe(_texts(splits['train'], held, FIT_BYTES), int(size))
 
 
-def _pieces(sources):
+def _pieces(sources: list[Source]) -> Iterator[Piece]:
     for source in sources:
         with named(source):
             yield from source.pieces()
 
 
-def _texts(sources, held=frozenset(), at_most=math.inf):
-    """The texts of the sources' pieces, documents `held` left out, until `at_most` bytes."""
+def _texts(
+    sources: list[Source], held: frozenset[int] = frozenset(), at_most: float = math.inf
+) -> Iterator[str]:
+    """The texts of the sources' pieces, without the documents `held`, until `at_most` bytes."""
     document = size = 0
     for piece, flag in _pieces(sources):
         if document not in held:
@@ -268,13 +298,13 @@ def _texts(sources, held=frozenset(), at_most=math.inf):
 
 @dataclass(frozen=True)
 class Holdout:
-    """The documents held out for validation: those of `train_test_split(fraction, seed=seed)` in `datasets`,
-    in its order. The rest keeps the order of the corpus, which that function shuffles."""
+    """The documents held out for validation: those of `train_test_split(fraction, seed=seed)` of `datasets`,
+    in its order. The others keep the order of the corpus, which that function shuffles."""
 
     fraction: float
     seed: int
 
-    def documents(self, count):
+    def documents(self, count: int) -> NDArray[np.int64]:
         """Their numbers among `count` documents, in the order of the validation split."""
         held = math.ceil(self.fraction * count)
         if not 0 < held < count:
@@ -282,17 +312,19 @@ class Holdout:
                 f'holding out {self.fraction} of {count} document(s) leaves a split empty: give --val_files, '
                 'or cut one text by position with data/shakespeare/prepare.py --files'
             )
-        return np.random.default_rng(self.seed).permutation(count)[:held].copy()
+        order = np.random.default_rng(self.seed).permutation(count)
+        return np.array(order[:held], np.int64)
 
 
-class Split:
+class TokenWriter:
     """A token file as it is written: counts and SHA-256."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.file, self.digest = open(path, 'wb'), hashlib.sha256()
         self.tokens = self.documents = self.bytes = 0
 
-    def write(self, tokens, documents, size):
+    def write(self, tokens: NDArray[Any], documents: int, size: int) -> None:
+        """Append tokens (n,): so many documents end in them, and they are so many bytes of text."""
         block = np.ascontiguousarray(tokens).data
         self.file.write(block)
         self.digest.update(block)
@@ -300,7 +332,8 @@ class Split:
         self.documents += int(documents)
         self.bytes += int(size)
 
-    def finish(self):
+    def finish(self) -> dict[str, Any]:
+        """Make the file durable; the entry of the split in meta.json."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -308,7 +341,7 @@ class Split:
         return {**counts, 'sha256': self.digest.hexdigest()}
 
 
-def load_chunk(path, *names):
+def read_chunk(path: Path, *names: str) -> list[NDArray[Any]]:
     """The arrays of these names in a chunk."""
     try:
         with np.load(path) as chunk:
@@ -319,29 +352,30 @@ def load_chunk(path, *names):
         ) from error
 
 
-def join_chunks(work, name, done):
-    """The chunks of a split -> work/name.bin; its entry of meta.json."""
-    split = Split(work / f'{name}.bin')
+def join_chunks(work: Path, name: str, done: list[Path]) -> dict[str, Any]:
+    """Join the chunks of a split to work/name.bin; its entry in meta.json."""
+    split = TokenWriter(work / f'{name}.bin')
     for path in done:
-        tokens, table = load_chunk(path, 'tokens', 'table')
+        tokens, table = read_chunk(path, 'tokens', 'table')
         split.write(tokens, (table[:, 2] & ENDS > 0).sum(), table[:, 1].sum())
     return split.finish()
 
 
-def join_and_hold_out(work, done, holdout):
-    """The chunks of one corpus -> work/train.bin and work/val.bin; their entries of meta.json."""
+def join_and_hold_out(work: Path, done: list[Path], holdout: Holdout) -> dict[str, dict[str, Any]]:
+    """Join the chunks of one corpus to work/train.bin and work/val.bin; their entries in meta.json."""
     count = 0
     for path in done:
-        (table,) = load_chunk(path, 'table')
+        (table,) = read_chunk(path, 'table')
         count += int((table[:, 2] & ENDS > 0).sum())
     order = holdout.documents(count)
     is_held = np.zeros(count, bool)
     is_held[order] = True
-    train, document = Split(work / 'train.bin'), 0
-    tokens_of, bytes_of = Counter(), Counter()  # of the documents held out
+    train, document = TokenWriter(work / 'train.bin'), 0
+    tokens_of: Counter[int] = Counter()  # of the documents held out
+    bytes_of: Counter[int] = Counter()
     with open(work / 'held.bin', 'wb') as file:  # in the order of the corpus
         for path in done:
-            tokens, table = load_chunk(path, 'tokens', 'table')
+            tokens, table = read_chunk(path, 'tokens', 'table')
             ends = table[:, 2] & ENDS > 0
             documents = document + np.cumsum(ends) - ends  # of each piece
             document += int(ends.sum())
@@ -352,7 +386,7 @@ def join_and_hold_out(work, done, holdout):
             for number, row in zip(documents[held].tolist(), table[held].tolist(), strict=True):
                 tokens_of[number] += row[0]
                 bytes_of[number] += row[1]
-    val, corpus_order = Split(work / 'val.bin'), sorted(tokens_of)
+    val, corpus_order = TokenWriter(work / 'val.bin'), sorted(tokens_of)
     ends = np.cumsum([tokens_of[number] for number in corpus_order]).tolist()
     end_of = dict(zip(corpus_order, ends, strict=True))
     stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(tokens_of.values()) else tokens[:0]
@@ -365,17 +399,28 @@ def join_and_hold_out(work, done, holdout):
 # Prepare --------------------------------------------------------------------
 
 
-def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, holdout=None, num_proc=None):
-    """Makes the token files of `splits` ({'train': sources, 'val': sources}) -> what it wrote to meta.json.
+def prepare(
+    out_dir: str | Path,
+    tokenizer: str,
+    splits: Splits,
+    origin: dict[str, Any] | None = None,
+    *,
+    end: bool = True,
+    begin: bool = False,
+    holdout: Holdout | None = None,
+    num_proc: int | None = None,
+) -> Meta:
+    """Make the token files of `splits` ({'train': sources, 'val': sources}); the content of their meta.json.
 
     - tokenizer: a name that tokenizer.load knows, or 'bpe:N' or 'chars' to make one from the corpus
-    - origin: what meta.json says of where the text is from; else the files with their sizes
+    - origin: what meta.json tells of the origin of the text; by default the files with their sizes
     - end: whether the end-of-text token follows every document
     - begin: whether the beginning-of-text token, or else the end-of-text token, precedes it
     - holdout: takes the validation split out of 'train'
-    - num_proc: processes that encode; None is one per core
+    - num_proc: processes that encode; None means one per core
 
-    Does nothing where the folder holds just that already; goes on where an earlier call was killed.
+    Does nothing if the folder holds just that already; goes on where an earlier call was killed. CorpusError
+    and TokenizerError say what is wrong.
     """
     from filelock import FileLock, Timeout
 
@@ -383,7 +428,12 @@ def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, h
         raise CorpusError('there is no text for validation: give --val_files')
     out_dir = Path(out_dir)
     work = out_dir / WORK
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorpusError(
+            f'{out_dir} cannot be made or written to ({one_line(error)}): take another --out_dir'
+        ) from error
     lock = FileLock(work / 'lock')
     try:
         lock.acquire(timeout=0)
@@ -393,13 +443,32 @@ def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, h
         ) from None
     try:
         meta = _prepare(out_dir, work, tokenizer, splits, origin, end, begin, holdout, num_proc)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CorpusError(
+            f'{out_dir} could not be prepared: {one_line(error)}; the same command goes on where it stopped'
+        ) from error
+    except KeyboardInterrupt:
+        print('interrupted: the same command goes on where it stopped', file=sys.stderr)
+        raise
     finally:
         lock.release()
     shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
-def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc):
+def _prepare(
+    out_dir: Path,
+    work: Path,
+    name: str,
+    splits: Splits,
+    origin: dict[str, Any] | None,
+    end: bool,
+    begin: bool,
+    holdout: Holdout | None,
+    num_proc: int | None,
+) -> Meta:
     started = time.monotonic()
     num_proc = cores() if num_proc is None else num_proc
     if num_proc < 1:
@@ -408,13 +477,13 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     if holdout and all(isinstance(source, TextFile) for source in splits['train']):
         holdout.documents(len(splits['train']))  # files are documents: too few are seen before the work
     tokenizer = None if fitted(name) else load(name)
-    job = {
+    wanted = {
         'format': [FORMAT, CHUNK, PIECE],
         'tokenizer': tokenizer.fingerprint if tokenizer else [name, FIT_BYTES],
         'documents': [begin, end, asdict(holdout) if holdout else None],
         'splits': {split: [identity(s) for s in sources] for split, sources in splits.items()},
     }
-    job = hashlib.sha256(json.dumps(job, sort_keys=True).encode('ascii')).hexdigest()
+    job = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
         return meta
     if read_json(work / JOB).get('job') != job:
@@ -475,13 +544,13 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     return meta
 
 
-def cores():
+def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _already(out_dir, job):
-    """meta.json's content where the folder holds the result of just this job, else None."""
+def _already(out_dir: Path, job: str) -> Meta | None:
+    """The content of meta.json if the folder holds the result of just this job, else None."""
     try:
         meta = open_data(out_dir).meta
     except DataError:
@@ -493,8 +562,10 @@ def _already(out_dir, job):
     return meta
 
 
-def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):
-    """Refuses to start where the chunks, and beside them the files joined from them, will not fit."""
+def _check_disk(
+    out_dir: Path, work: Path, tokenizer: Tokenizer, splits: Splits, text_bytes: int, itemsize: int
+) -> None:
+    """CorpusError if the chunks, and beside them the files joined from them, will not fit."""
     sample = next(iter(_pieces(splits['train'])), (b'', 0))[0][:65536].decode('utf-8', 'ignore')
     ratio = len(tokenizer.encode(sample)) / max(1, len(sample.encode('utf-8')))
     there = sum(path.stat().st_size for path in work.rglob('*') if path.is_file())
@@ -507,8 +578,8 @@ def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):
         )
 
 
-def _put_in_place(out_dir, work, meta, tokenizer):
-    """Moves the finished files to the folder: the old meta.json goes first, the new one comes last."""
+def _put_in_place(out_dir: Path, work: Path, meta: Meta, tokenizer: Tokenizer) -> None:
+    """Move the finished files to the folder: the old meta.json goes first, the new one comes last."""
     (out_dir / META).unlink(missing_ok=True)
     for old in ('train.bin', 'val.bin', 'test.bin', 'tokenizer.json'):
         (out_dir / old).unlink(missing_ok=True)
@@ -521,8 +592,8 @@ def _put_in_place(out_dir, work, meta, tokenizer):
     os.replace(work / META, out_dir / META)
 
 
-def report(out_dir, meta):
-    """Prints the counts of a data set."""
+def report(out_dir: str | Path, meta: Meta) -> None:
+    """Print the counts of a data set."""
     tokenizer = meta['tokenizer']
     kind = tokenizer.get('name', tokenizer['kind'])
     print(f'{out_dir}: {kind}, vocabulary {meta["vocab_size"]:,}, {meta["dtype"]}')
@@ -534,112 +605,11 @@ def report(out_dir, meta):
         )
 
 
-def command_line():
-    """The command that runs now, as one would type it in the repository, or None where no prepare.py runs."""
+def command_line() -> str | None:
+    """The command that runs now, as one would type it in the repository; None if it is no prepare.py."""
     script = Path(sys.argv[0]).resolve()
     if script.name != 'prepare.py':
         return None
     shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else str(script)
     words = ['python', shown, *sys.argv[1:]]
     return subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
-
-
-# What the scripts in data/*/ have in common ---------------------------------
-
-
-def parser(script, description, tokenizer, hub=None, val_fraction=None):
-    """The options that a prepare.py has; `hub`: (repository, revision), for those with a Hub source;
-    `val_fraction`: for those that hold documents out."""
-    options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = options.add_argument
-    add('--out_dir', default=str(Path(script).resolve().parent), help='folder of the token files')
-    add(
-        '--tokenizer',
-        default=tokenizer,
-        help=f'{tokenizer} unless given; the module tokenizer lists the names',
-    )
-    add('--num_proc', type=int, help='processes that encode; one per core unless given')
-    local = 'local text, .jsonl or .parquet (also .gz .xz .bz2 .zst .zip), folders or patterns'
-    add('--files', nargs='+', metavar='FILE', help=f'{local}, in place of the usual source')
-    add(
-        '--val_files',
-        nargs='+',
-        metavar='FILE',
-        help='the same for validation; where it is left out, a part of --files, if the script can divide it',
-    )
-    add('--test_files', nargs='+', metavar='FILE', help='the same for a test split')
-    if hub:
-        add('--repo', default=hub[0], help=f'dataset on the Hugging Face Hub ({hub[0]})')
-        add('--revision', default=hub[1], help=f'its branch, tag or commit ({hub[1] or "main"})')
-    if val_fraction:
-        why = 'documents held out where validation does not come apart'
-        add('--val_fraction', type=float, default=val_fraction, help=f'{why} ({val_fraction})')
-        add('--split_seed', type=int, default=2357, help='which documents are held out (2357)')
-    return options
-
-
-def local_splits(args, template='{text}'):
-    """--files, --val_files, --test_files -> {split: sources}, or None where none is given."""
-    given = {'train': args.files, 'val': args.val_files, 'test': args.test_files}
-    given = {split: files for split, files in given.items() if files}
-    if given and 'train' not in given:
-        raise CorpusError('--val_files and --test_files go with --files, which is missing')
-    raw = args.tokenizer == 'bytes'
-    splits = {s: [file_source(path, template, raw) for path in paths(files)] for s, files in given.items()}
-    return splits or None
-
-
-def corpus_splits(args, config=None, template='{text}'):
-    """The local files where they are given, else the Hub's -> ({split: sources}, origin for `prepare`)."""
-    splits = local_splits(args, template)
-    return (splits, None) if splits else hub_sources(args.repo, args.revision, config, template)
-
-
-def prepare_documents(args, template, begin=False):
-    """Prepares documents (rows, or whole text files) from the Hub or from --files, some of them held out."""
-    splits, origin = corpus_splits(args, template=template)
-    holdout = None if 'val' in splits else Holdout(args.val_fraction, args.split_seed)
-    prepare(
-        args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, num_proc=args.num_proc
-    )
-
-
-def prepare_by_position(script, description, tokenizer, original, cuts):
-    """Prepares one text cut by position: the `original` (its URL and SHA-256), or the one of --files.
-
-    cuts: {split: percent of the bytes at which it ends}, moved to whole characters; bytes stay as they are.
-    """
-    args = parser(script, description, tokenizer).parse_args()
-    origin = None
-    if args.val_files or args.test_files:
-        splits = local_splits(args)
-    else:
-        if args.files:
-            found = paths(args.files)
-        else:
-            origin = dict(zip(('url', 'sha256'), original, strict=True))
-            found = [download(*original, Path(args.out_dir) / 'download')]
-        raw = args.tokenizer == 'bytes'
-        if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
-            raise CorpusError(
-                f'one text file is cut by position, not {len(found)} files or records: give --val_files too'
-            )
-        size = text_size(found[0])
-        ends = [size * percent // 100 for percent in cuts.values()]
-        starts = [0, *ends[:-1]]
-        splits = {s: [TextFile(found[0], a, b, raw)] for s, a, b in zip(cuts, starts, ends, strict=True)}
-    prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
-
-
-def run(main):
-    """Runs a script's main: what goes wrong in a known way is one line, and the exit status is not 0."""
-    try:
-        main()
-    except (CorpusError, TokenizerError, DataError) as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted: run the same command again to go on')
-    except OSError as error:
-        sys.exit(f'error: {one_line(error)}')

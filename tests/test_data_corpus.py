@@ -22,9 +22,9 @@ import pytest
 
 from data import corpus, sources
 from data.corpus import Holdout, chunks, prepare
-from data.sources import ENDS, STARTS, CorpusError, Joined, Records, TextFile, cut, file_source, paths
+from data.sources import ENDS, STARTS, CorpusError, Joined, Records, TextFile, file_source, in_pieces, paths
 from data.tokendata import DataError, open_data
-from data.tokenizer import Bytes, Tiktoken, from_spec, train_bpe
+from data.tokenizer import Bytes, Tiktoken, TokenizerError, from_spec, train_bpe
 
 DOCUMENTS = [
     'First document.\nTwo lines.',
@@ -291,15 +291,15 @@ def test_a_parquet_column_that_is_missing(tmp_path):
         list(Records(path).pieces())
 
 
-# Cutting --------------------------------------------------------------------
+# Dividing -------------------------------------------------------------------
 
 
-def test_cutting_does_not_change_the_tokens(monkeypatch, gpt2):
+def test_dividing_a_text_does_not_change_its_tokens(monkeypatch, gpt2):
     monkeypatch.setattr(sources, 'PIECE', 150)
     bpe = train_bpe([words(0, 2000)], 600)
     for seed in range(12):
         text = words(seed, 500)
-        pieces = list(cut([text]))
+        pieces = list(in_pieces([text]))
         assert ''.join(pieces) == text
         assert max(map(len, pieces)) <= 150
         for tokenizer in (Tiktoken('gpt2'), bpe):
@@ -307,15 +307,15 @@ def test_cutting_does_not_change_the_tokens(monkeypatch, gpt2):
             assert [i for ids in tokenizer.encode_batch(pieces) for i in ids] == whole, (tokenizer.kind, seed)
 
 
-def test_cutting_depends_on_the_text_alone(monkeypatch):
+def test_the_division_depends_on_the_text_alone(monkeypatch):
     monkeypatch.setattr(sources, 'PIECE', 64)
     text = words(3, 500)
-    expected = list(cut([text]))
+    expected = list(in_pieces([text]))
     assert len(expected) > 10
     for step in (1, 7, 63, 64, 65, 500):
-        assert list(cut(text[i : i + step] for i in range(0, len(text), step))) == expected
-    assert ''.join(cut(['x' * 1000])) == 'x' * 1000  # no boundary: cut all the same
-    assert list(cut([])) == list(cut([''])) == []
+        assert list(in_pieces(text[i : i + step] for i in range(0, len(text), step))) == expected
+    assert ''.join(in_pieces(['x' * 1000])) == 'x' * 1000  # no boundary: divided all the same
+    assert list(in_pieces([])) == list(in_pieces([''])) == []
 
 
 # Prepare --------------------------------------------------------------------
@@ -496,11 +496,11 @@ FAULTS = {
         return die() if len(count) == 5 else real(*arguments)
     corpus.encode_chunk = fifth""",
     'while the chunks are joined': """
-    write, count = corpus.Split.write, []
+    write, count = corpus.TokenWriter.write, []
     def second(self, *arguments):
         write(self, *arguments); self.file.flush(); count.append(1)
         if len(count) == 2: die()
-    corpus.Split.write = second""",
+    corpus.TokenWriter.write = second""",
     'before the files are put in place': 'corpus._put_in_place = die',
     'when train.bin is in place': """
     replace = os.replace
@@ -720,7 +720,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path, two, 
 
     with monkeypatch.context() as patch:
         patch.setattr(np, 'savez', full)
-        with pytest.raises(OSError, match='No space left'):
+        with pytest.raises(CorpusError, match='No space left on device; the same command goes on'):
             prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
     assert not [p for p in (tmp_path / 'set').rglob('*') if '.npz' in p.name]
     with pytest.raises(DataError, match='unfinished'):
@@ -744,7 +744,7 @@ def test_a_damaged_chunk_is_named(tmp_path, two, monkeypatch):
     [('bpe:many', 1, 'as in bpe:4096'), ('bpe:12', 1, 'at least 257'), ('bytes', 0, '--num_proc 0')],
 )
 def test_wrong_settings(tmp_path, two, tokenizer, num_proc, wanted):
-    with pytest.raises((CorpusError, corpus.TokenizerError), match=wanted):
+    with pytest.raises((CorpusError, TokenizerError), match=wanted):
         prepare(tmp_path / 'set', tokenizer, two, num_proc=num_proc)
 
 

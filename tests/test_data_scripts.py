@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.scripts import options
+from data.sources import CorpusError
 from data.tokendata import DataError, open_data
 from data.tokenizer import from_spec, train_bpe
 from fake_hub import COMMIT, serving
@@ -41,7 +43,7 @@ def run(root, script, *arguments, status=0, **environment):
     return done.stdout, done.stderr
 
 
-def script(root, name):
+def module_of(root, name):
     """data/NAME/prepare.py as a module."""
     spec = importlib.util.spec_from_file_location(f'prepare_{name}', root / 'data' / name / 'prepare.py')
     module = importlib.util.module_from_spec(spec)
@@ -78,6 +80,37 @@ def test_no_script_is_left_out(root):
     assert sorted(p.parent.name for p in (root / 'data').glob('*/prepare.py')) == sorted(SCRIPTS)
     for name in SCRIPTS:
         assert (root / 'data' / name / 'readme.md').is_file()
+
+
+def test_every_option_takes_its_value_both_ways():
+    parser = options('data/x/prepare.py', '', 'gpt2', hub=('owner/name', None), val_fraction=0.1)
+    names = [action.option_strings[0] for action in parser._actions if action.dest != 'help']
+    assert len(names) == 10
+    for name in names:
+        value = {'--val_fraction': '0.5', '--num_proc': '3', '--split_seed': '3'}.get(name, 'a.txt')
+        one, other = parser.parse_args([name, value]), parser.parse_args([f'{name}={value}'])
+        assert one == other != parser.parse_args([]), name
+    both = parser.parse_args(['--files=a.txt', '--files', 'b.txt', 'c.txt', '--files=d.txt'])
+    assert both.files == ['a.txt', 'b.txt', 'c.txt', 'd.txt']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'wanted'),
+    [
+        (['--val_fraction=nan'], "argument --val_fraction: 'nan' is not a number between 0 and 1"),
+        (['--val_fraction', '1'], "'1' is not a number between 0 and 1"),
+        (['--split_seed=-1'], "argument --split_seed: '-1' is not a whole number of at least 0"),
+        (['--num_proc=0'], "argument --num_proc: '0' is not a whole number of at least 1"),
+        (['--file', 'a.txt'], 'unrecognized arguments: --file a.txt'),
+        (['--files'], 'argument --files: expected at least one argument'),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_one_line(arguments, wanted):
+    parser = options('data/x/prepare.py', '', 'gpt2', val_fraction=0.1)
+    with pytest.raises(CorpusError, match=re.escape(wanted)) as error:
+        parser.parse_args(arguments)
+    assert '\n' not in str(error.value)
+    assert '--help' in str(error.value)
 
 
 def test_openwebtext_from_the_hub_and_from_its_cache(root, tmp_path, gpt2):
@@ -135,8 +168,8 @@ def test_openwebtext_from_files(root, tmp_path, gpt2):
     meta = open_data(out).meta
     assert meta['command'].startswith('python data/openwebtext/prepare.py --files')
     assert decoded(out, 'val') == ''.join(f'{row["body"]}<|endoftext|>' for row in rows[10:])
-    _, errors = run(root, 'openwebtext/prepare.py', '--files', train, '--out_dir', tmp_path / 'no', status=1)
-    assert errors.startswith(f"error: {train}, line 1 has no field 'text', only body, id: say which")
+    _, errors = run(root, 'openwebtext/prepare.py', '--files', train, '--out_dir', tmp_path / 'no', status=2)
+    assert errors.startswith(f"prepare.py: {train}, line 1 has no field 'text', only body, id: say which")
 
 
 def test_openwebtext_with_a_bpe_of_its_own(root, tmp_path):
@@ -163,7 +196,7 @@ def test_an_unfinished_preparation_names_its_command(root, tmp_path):
     out = tmp_path / 'set'
     train = write_jsonl(tmp_path / 'train.jsonl', [{'text': TEXT}, {'text': 7}])
     flags = ['--files', train, '--tokenizer', 'bytes', '--val_fraction', '0.5', '--out_dir', out]
-    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=1)
+    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=2)
     assert 'line 2: field' in errors
     command = ' '.join(['python', 'data/openwebtext/prepare.py', *map(str, flags)])
     with pytest.raises(DataError, match=re.escape(f'unfinished preparation: run {command}; it goes on')):
@@ -278,7 +311,7 @@ def test_russian_instructions(root, tmp_path):
 
 
 def test_stdlib_takes_the_sources_and_not_the_tests(root, tmp_path):
-    stdlib = script(root, 'stdlib')
+    stdlib = module_of(root, 'stdlib')
     for i in range(150):
         (tmp_path / f'module{i}.py').write_text(f'x = {i}\n', encoding='utf-8')
     (tmp_path / 'latin.py').write_bytes('# -*- coding: latin-1 -*-\n# caf\xe9\n'.encode('latin-1'))
@@ -304,7 +337,7 @@ def test_stdlib_takes_the_sources_and_not_the_tests(root, tmp_path):
 
 
 def test_stdlib_of_this_python(root):
-    splits = script(root, 'stdlib').library_splits(Path(sysconfig.get_path('stdlib')))
+    splits = module_of(root, 'stdlib').library_splits(Path(sysconfig.get_path('stdlib')))
     assert len(splits['train']) > 300
     assert len(splits['val']) > 10
     source = next(s for s in splits['train'] + splits['val'] if Path(s.path).name == 'argparse.py')
@@ -313,7 +346,7 @@ def test_stdlib_of_this_python(root):
 
 
 def test_stdlib_without_sources_is_one_line(root, tmp_path):
-    stdlib = script(root, 'stdlib')
+    stdlib = module_of(root, 'stdlib')
     (tmp_path / 'only.py').write_text('x = 1\n', encoding='utf-8')
     with pytest.raises(stdlib.CorpusError, match='holds 1 source files'):
         stdlib.library_splits(tmp_path)
@@ -332,7 +365,7 @@ def test_stdlib_on_files(root, tmp_path):
     ]
     run(root, 'stdlib/prepare.py', *flags)
     assert decoded(tmp_path / 'set', 'val') == TEXT * 50 + '<|endoftext|>'
-    assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=1)[1]
+    assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=2)[1]
 
 
 @pytest.mark.parametrize(
@@ -363,8 +396,8 @@ def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
     arguments = [a.format(here=tmp_path) for a in arguments]
     if arguments[0] != 'peek.py':
         arguments += ['--out_dir', tmp_path / 'set']
-    _, errors = run(root, *arguments, status=1)
-    assert errors.startswith('error: ')
+    _, errors = run(root, *arguments, status=2)
+    assert errors.startswith(f'{Path(arguments[0]).name}: ')
     assert errors.count('\n') == 1
     assert wanted in errors
     assert not (tmp_path / 'set' / 'meta.json').exists()
@@ -373,8 +406,10 @@ def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
 def test_without_a_network_the_message_says_what_to_do(root, tmp_path):
     hub = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}  # nothing answers there
     flags = ['--tokenizer', 'bytes', '--out_dir', tmp_path / 'set']
-    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=1, **hub)
-    assert errors.startswith('error: cannot reach https://huggingface.co/datasets/Skylion007/openwebtext (')
+    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=2, **hub)
+    assert errors.startswith(
+        'prepare.py: cannot reach https://huggingface.co/datasets/Skylion007/openwebtext ('
+    )
     assert 'hf download Skylion007/openwebtext --repo-type dataset --revision' in errors
     assert 'HF_HUB_OFFLINE=1' in errors
     assert '--files' in errors
@@ -400,7 +435,7 @@ def test_a_download_is_checked(tmp_path):
     archive.write_bytes((folder / 'enwik8.zip').read_bytes())
     (folder / 'enwik8.zip').write_text('<html>not found</html>', encoding='utf-8')
     assert download(url, digest, folder) == str(folder / 'enwik8.zip')  # fetched again
-    with pytest.raises(CorpusError, match='SHA-256 0000'):
+    with pytest.raises(CorpusError, match='its SHA-256 is not 0000'):
         download(url, '0' * 64, folder)
 
 

@@ -11,20 +11,22 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus
+from configurator import run_program
+from data.scripts import options, prepare_documents
 
 HUB = ('Den4ikAI/russian_instructions_2', None)
 CHECKPOINT = 'ai-forever/rugpt3large_based_on_gpt2'
 
 
-def main():
-    parser = corpus.parser(__file__, __doc__, tokenizer=CHECKPOINT, hub=HUB, val_fraction=0.005)
+def main(argv: list[str]) -> int:
+    parser = options(__file__, __doc__, tokenizer=CHECKPOINT, hub=HUB, val_fraction=0.005)
     parser.add_argument(
         '--template', default='{question}\\n{answer}', help='text of a document, from the fields of its row'
     )
-    args = parser.parse_args()
-    corpus.prepare_documents(args, args.template.replace('\\n', '\n'), begin=True)
+    args = parser.parse_args(argv)
+    prepare_documents(args, args.template.replace('\\n', '\n'), begin=True)
+    return 0
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run_program(main)

@@ -1,0 +1,160 @@
+"""What the prepare.py scripts share: their options, and the sources that these name."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data.corpus import Holdout, prepare
+from data.sources import CorpusError, Splits, TextFile, download, file_source, hub_sources, paths, text_size
+
+TINY_SHAKESPEARE = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
+    'data/tinyshakespeare/input.txt',
+    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line. `--key value` and `--key=value` mean the same."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise CorpusError(f'{message}; --help lists the options')
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {least}')
+        return value
+
+    return parse
+
+
+def fraction(text: str) -> float:
+    """The type of an option that is a part of a whole."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:  # nan compares false
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number between 0 and 1')
+    return value
+
+
+def options(
+    script: str,
+    description: str | None,
+    tokenizer: str,
+    hub: tuple[str, str | None] | None = None,
+    val_fraction: float | None = None,
+) -> Parser:
+    """The options of the prepare.py at `script`.
+
+    - hub: (repository, revision or None for the newest), for a script that reads from the Hugging Face Hub
+    - val_fraction: for a script that holds documents out
+    """
+    parser = Parser(description)
+    add = parser.add_argument
+    add('--out_dir', default=str(Path(script).resolve().parent), help='folder of the token files')
+    add(
+        '--tokenizer',
+        default=tokenizer,
+        help=f'gpt2, bpe:4096, bytes, chars, a tokenizer.json, a folder or a repository ({tokenizer})',
+    )
+    add('--num_proc', type=whole(1), help='processes that encode (one per core)')
+    files: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'metavar': 'FILE'}
+    text = 'text files, .jsonl or .parquet (also .gz .xz .bz2 .zst .zip), folders or patterns'
+    add('--files', **files, help=f'{text}, in place of the usual source')
+    add('--val_files', **files, help='the same for validation (if left out: a part of --files)')
+    add('--test_files', **files, help='the same for a test split')
+    if hub:
+        add('--repo', default=hub[0], help=f'dataset on the Hugging Face Hub ({hub[0]})')
+        add('--revision', default=hub[1], help=f'its branch, tag or commit ({hub[1] or "main"})')
+    if val_fraction:
+        held = f'part of the documents that is held out without validation files ({val_fraction})'
+        add('--val_fraction', type=fraction, default=val_fraction, help=held)
+        add('--split_seed', type=whole(0), default=2357, help='which documents are held out (2357)')
+    return parser
+
+
+def local_splits(args: argparse.Namespace, template: str = '{text}') -> Splits | None:
+    """The sources that --files, --val_files and --test_files name, or None if none is given."""
+    given = {'train': args.files, 'val': args.val_files, 'test': args.test_files}
+    given = {split: files for split, files in given.items() if files}
+    if given and 'train' not in given:
+        raise CorpusError('--val_files and --test_files go with --files, which is missing')
+    raw = args.tokenizer == 'bytes'
+    splits = {s: [file_source(path, template, raw) for path in paths(files)] for s, files in given.items()}
+    return splits or None
+
+
+def local_or_hub_splits(
+    args: argparse.Namespace, config: str | None = None, template: str = '{text}'
+) -> tuple[Splits, dict[str, str] | None]:
+    """The local files if they are given, else those of the Hub; and the origin for `prepare`."""
+    splits = local_splits(args, template)
+    return (splits, None) if splits else hub_sources(args.repo, args.revision, config, template)
+
+
+def prepare_documents(
+    args: argparse.Namespace, template: str, begin: bool = False, config: str | None = None
+) -> None:
+    """Prepare documents (rows, or whole text files) from the Hub or from --files; some are held out."""
+    splits, origin = local_or_hub_splits(args, config, template)
+    holdout = None if 'val' in splits else Holdout(args.val_fraction, args.split_seed)
+    prepare(
+        args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, num_proc=args.num_proc
+    )
+
+
+def prepare_one_text(
+    script: str,
+    argv: list[str],
+    description: str | None,
+    tokenizer: str,
+    original: tuple[str, str],
+    ends: dict[str, int],
+) -> None:
+    """Prepare one text divided by position: the `original` (its URL and SHA-256), or the one of --files.
+
+    ends: {split: percent of the bytes at which it ends}
+    """
+    args = options(script, description, tokenizer).parse_args(argv)
+    splits, origin = None, None
+    if args.val_files or args.test_files:
+        splits = local_splits(args)
+    if splits is None:
+        if args.files:
+            found = paths(args.files)
+        else:
+            origin = {'url': original[0], 'sha256': original[1]}
+            found = [download(*original, Path(args.out_dir) / 'download')]
+        raw = args.tokenizer == 'bytes'
+        if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
+            raise CorpusError(
+                f'one text file is divided by position, not {len(found)} files or records: give --val_files '
+                'too'
+            )
+        splits = divided(found[0], ends, raw)
+    prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+
+
+def divided(path: str, ends: dict[str, int], raw: bool) -> Splits:
+    """The parts of one text file. ends: {split: percent of the bytes at which it ends}, moved to whole
+    characters unless the bytes are taken as they are."""
+    size = text_size(path)
+    stops = [size * percent // 100 for percent in ends.values()]
+    starts = [0, *stops[:-1]]
+    return {s: [TextFile(path, a, b, raw)] for s, a, b in zip(ends, starts, stops, strict=True)}
