@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from configurator import ConfigError, configure, run_program
-from data.sources import CorpusError, TextFile, named
+from data.files import CorpusError
+from data.sources import read_text
 from data.tokendata import eval_batch, open_data
 from data.tokenizer import from_spec
 from data.tokenizer import load as load_tokenizer
@@ -110,8 +111,7 @@ def measure(
                 f'text={k.text!r}: {k.out_dir} was trained on plain token files, no tokenizer is known'
             )
         try:
-            with named(source := TextFile(k.text)):
-                text = ''.join(source.texts())  # as it would be prepared
+            text = read_text(k.text)
         except CorpusError as e:
             raise ConfigError(f'text={k.text!r} cannot be read as UTF-8 text ({e})') from None
         tokens = np.array(begin + tokenizer.encode(text), dtype=np.int64)

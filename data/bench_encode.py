@@ -31,8 +31,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import run_program
 from data import corpus
+from data.files import CorpusError, text_sha256
 from data.scripts import Parser, whole
-from data.sources import CorpusError, file_source, paths, text_sha256
+from data.sources import file_source, paths
 from data.tokenizer import load
 
 Arm = tuple[Path | None, Callable[[], Any]]  # the token file, and the function that makes it

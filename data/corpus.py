@@ -36,19 +36,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data.files import CorpusError, named, one_line
 from data.sources import (
     ENDS,
     PIECE,
     STARTS,
-    CorpusError,
     Piece,
     Source,
     Splits,
     TextFile,
     estimate,
     identity,
-    named,
-    one_line,
     stored_files,
 )
 from data.tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, Meta, dtype_for, open_data, read_json
@@ -73,7 +71,7 @@ def chunks(sources: list[Source], at: Position = (0, 0)) -> Iterator[Chunk]:
     flags: list[int] = []
     size = 0
     for i in range(at[0], len(sources)):
-        with named(sources[i]):
+        with named(sources[i].path):
             for j, (piece, flag) in enumerate(sources[i].pieces()):
                 if (i, j) < at:
                     continue
@@ -275,7 +273,7 @@ def fit(name: str, splits: Splits, holdout: 'Holdout | None') -> Tokenizer:
 
 def _pieces(sources: list[Source]) -> Iterator[Piece]:
     for source in sources:
-        with named(source):
+        with named(source.path):
             yield from source.pieces()
 
 

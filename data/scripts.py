@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.corpus import Holdout, prepare
-from data.sources import CorpusError, Splits, TextFile, download, file_source, hub_sources, paths, text_size
+from data.files import CorpusError, text_size
+from data.sources import Splits, TextFile, download, file_source, hub_sources, paths
 
 TINY_SHAKESPEARE = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'

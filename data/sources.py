@@ -9,29 +9,37 @@ streaming parquet reader took 1.1 GB of memory for a file of 0.4 GB.
 """
 
 import codecs
-import hashlib
-import io
 import json
 import math
 import os
 import re
 import shutil
 import string
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-from configurator import UserError
+from data.files import (
+    BLOCK,
+    COMPRESSED,
+    CorpusError,
+    archive_and_member,
+    named,
+    one_line,
+    open_bytes,
+    open_seekable,
+    stored_size,
+    suffixes,
+    text_sha256,
+)
 from data.tokenizer import well_formed
 
 PIECE = 1 << 18  # characters: a longer document is encoded in pieces
 STARTS, ENDS = 1, 2  # flags of a piece: it begins a document, it ends one
-# suffix -> about how many bytes of text a stored byte holds
-COMPRESSED = {'.gz': 4, '.xz': 5, '.bz2': 5, '.zst': 4, '.zip': 3}
+# format -> about how many bytes of text a byte of the file holds
 RECORDS = {'.jsonl': 1.0, '.ndjson': 1.0, '.json': 1.0, '.parquet': 1.7}
 TEXT = (
     '.txt',
@@ -54,10 +62,6 @@ Piece = tuple[bytes, int]  # UTF-8 text, flags
 BOUNDARY = re.compile(r'[^\W_](?=[ \n])')
 
 
-class CorpusError(UserError):
-    """Text that cannot be made into token files, in one line: what, why, and the fix."""
-
-
 class Source(Protocol):
     """Text to be encoded; see the top of this file."""
 
@@ -70,92 +74,6 @@ class Source(Protocol):
 
 
 Splits = dict[str, list[Source]]  # train, val, test
-
-
-def one_line(error: BaseException) -> str:
-    """The class and the message of an error, in one line."""
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-
-
-@contextmanager
-def named(source: Source) -> Iterator[None]:
-    """Turn whatever reading a source may raise into one line with its name."""
-    try:
-        yield
-    except CorpusError:
-        raise
-    except Exception as error:
-        raise CorpusError(f'{source.path} cannot be read: {one_line(error)}') from error
-
-
-# Files ----------------------------------------------------------------------
-
-
-def suffixes(path: str | Path) -> tuple[str, str]:
-    """'a/b.jsonl.xz' -> ('.jsonl', '.xz'): the format, and the compression or ''."""
-    path = Path(path)
-    last = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSED else (last, '')
-
-
-def open_bytes(path: str) -> IO[bytes]:
-    """Open a local file or a URL that fsspec knows (hf://...), decompressed as its suffix says."""
-    compression = suffixes(path)[1]
-    if not compression and '://' not in path:
-        return open(path, 'rb')
-    import fsspec
-    from fsspec.utils import infer_compression
-
-    if compression == '.zip':
-        return open_only_member(fsspec.open(path, 'rb').open(), path)
-    if compression and infer_compression(path) is None:
-        raise CorpusError(
-            f'{path}: nothing here reads {compression}: pip install zstandard, or decompress it'
-        )
-    file = fsspec.open(path, 'rb', compression='infer').open()
-    return io.BufferedReader(file) if compression == '.zst' else file  # that one has no lines
-
-
-def open_only_member(file: IO[bytes], path: str) -> IO[bytes]:
-    """Open the file inside a .zip that holds one."""
-    archive = zipfile.ZipFile(file)
-    names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    members = [name for name in names if not name.startswith('__MACOSX/')]
-    if len(members) != 1:
-        raise CorpusError(f'{path} holds {len(members)} files, not one: unpack it and give the folder')
-    return archive.open(members[0])
-
-
-def stored_size(path: str) -> int:
-    """Bytes of the file as it is stored."""
-    if '://' not in path:
-        return Path(path).stat().st_size
-    import fsspec
-
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return int(filesystem.info(inner)['size'])
-
-
-def text_size(path: str) -> int:
-    """Bytes of the file when it is decompressed; a compressed file is read for it."""
-    if not suffixes(path)[1]:
-        return stored_size(path)
-    return sum(map(len, raw_blocks(path)))
-
-
-def text_sha256(path: str | Path) -> str:
-    """SHA-256 of the file when it is decompressed."""
-    digest = hashlib.sha256()
-    for block in raw_blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def raw_blocks(path: str | Path) -> Iterator[bytes]:
-    """The bytes of the file when it is decompressed, block after block."""
-    source = TextFile(str(path), raw=True)
-    with named(source):
-        yield from source.blocks()
 
 
 # Pieces ---------------------------------------------------------------------
@@ -249,8 +167,9 @@ class TextFile:
     def blocks(self) -> Iterator[bytes]:
         """The bytes of the part; whole characters unless `raw`."""
         with open_bytes(self.path) as file:
-            if self.start:
-                file.seek(self.start)
+            to_skip = self.start
+            while to_skip and (block := file.read(min(BLOCK, to_skip))):
+                to_skip -= len(block)
             left = math.inf if self.stop is None else self.stop - self.start
             # a part that begins within a character leaves its end to the part before
             skip = 3 if self.start and not self.raw else 0
@@ -263,6 +182,18 @@ class TextFile:
                     tail = file.read(3)
                     block += tail[: next((i for i, b in enumerate(tail) if b & 0xC0 != 0x80), len(tail))]
                 yield block
+            if self.stop is not None and left > 0:
+                raise CorpusError(f'{self.path} ends before byte {self.stop:,}: it changed; run it again')
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, as it would be prepared: without a byte order mark, line ends as they are.
+
+    The file may be compressed. CorpusError says what is wrong, and where.
+    """
+    source = TextFile(str(path))
+    with named(source.path):
+        return ''.join(source.texts())
 
 
 @dataclass(frozen=True)
@@ -315,7 +246,7 @@ def parquet_rows(path: str, fields: list[str]) -> Iterator[tuple[str, Any]]:
     """(where, row) of each row, with the columns in `fields`; with all columns if one of them is missing."""
     import pyarrow.parquet as pq
 
-    with open_bytes(path) as file:
+    with open_seekable(path) as file:
         table, number = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20), 0
         names = table.schema_arrow.names
         columns = fields if set(fields) <= set(names) else names
@@ -323,6 +254,9 @@ def parquet_rows(path: str, fields: list[str]) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f'{path}, row {number}', row
+        if number != table.metadata.num_rows:
+            rows = table.metadata.num_rows
+            raise CorpusError(f'{path} is damaged: it gave {number:,} of its {rows:,} rows')
 
 
 @dataclass(frozen=True)
@@ -347,7 +281,7 @@ def identity(source: Source) -> list[Any]:
     """What identifies a source, JSON-able: its class and fields, and the size and time of its file."""
     if isinstance(source, Joined):
         return [identity(part) for part in source.sources]
-    stat = Path(source.path).stat() if '://' not in source.path else None
+    stat = Path(archive_and_member(source.path)[0]).stat() if '://' not in source.path else None
     fields: dict[str, Any] = asdict(source)  # type: ignore[call-overload]  # every source is a dataclass
     return [type(source).__name__, fields, stat and [stat.st_size, stat.st_mtime_ns]]
 
@@ -371,7 +305,7 @@ def estimate(sources: Iterable[Source]) -> int:
             total += source.stop - source.start
         else:
             kind, compression = suffixes(source.path)
-            total += stored_size(source.path) * RECORDS.get(kind, 1) * COMPRESSED.get(compression, 1)
+            total += (stored_size(source.path) or 0) * RECORDS.get(kind, 1) * COMPRESSED.get(compression, 1)
     return int(total)
 
 

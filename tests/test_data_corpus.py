@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from data import corpus, sources
 from data.corpus import Holdout, chunks, prepare
-from data.sources import ENDS, STARTS, CorpusError, Joined, Records, TextFile, file_source, in_pieces, paths
+from data.files import CorpusError, WholeFile, open_bytes, raw_blocks
+from data.sources import ENDS, STARTS, Joined, Records, TextFile, file_source, in_pieces, paths, read_text
 from data.tokendata import DataError, open_data
 from data.tokenizer import Bytes, Tiktoken, TokenizerError, from_spec, train_bpe
 
@@ -116,6 +119,7 @@ def test_every_kind_of_records_reads_the_same(tmp_path):
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(content))
     (tmp_path / 'a.jsonl.xz').write_bytes(lzma.compress(content))
     (tmp_path / 'a.jsonl.bz2').write_bytes(bz2.compress(content))
+    (tmp_path / 'a.jsonl.zst').write_bytes(zstandard.ZstdCompressor().compress(content))
     with zipfile.ZipFile(tmp_path / 'a.jsonl.zip', 'w') as archive:
         archive.writestr('inside.jsonl', content)
     (tmp_path / 'a.json').write_text(
@@ -124,7 +128,7 @@ def test_every_kind_of_records_reads_the_same(tmp_path):
     (tmp_path / 'bom.jsonl').write_bytes(b'\xef\xbb\xbf' + content.replace(b'\n', b'\r\n') + b'\r\n\n')
     write_parquet(tmp_path / 'a.parquet', DOCUMENTS)
     found = sorted(tmp_path.iterdir())
-    assert len(found) == 8
+    assert len(found) == 9
     for path in found:
         assert documents_of(file_source(str(path))) == DOCUMENTS, path.name
 
@@ -235,8 +239,7 @@ def test_reading_takes_little_memory(tmp_path, monkeypatch, suffix):
         ('a.jsonl', b'17\n', "line 1 has no field 'text', only none"),
         ('a.json', b'[{"text": "a"}, ', 'is not JSON'),
         ('a.parquet', b'PAR1 no', 'cannot be read'),
-        ('a.txt.gz', b'no gzip', 'cannot be read'),
-        ('a.txt.xz', lzma.compress(b'text ' * 1000)[:-40], 'cannot be read'),
+        ('a.txt.gz', b'no gzip', '.gz data is damaged'),
         ('a.txt.zip', b'no zip', 'cannot be read'),
     ],
 )
@@ -246,6 +249,148 @@ def test_text_that_cannot_be_read_is_one_line(tmp_path, name, content, wanted):
         list(chunks([file_source(str(tmp_path / name))]))
     assert '\n' not in str(error.value)
     assert str(tmp_path / name) in str(error.value)
+
+
+def in_zip(content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('inside.txt', content)
+    return file.getvalue()
+
+
+COMPRESS = {
+    'gz': gzip.compress,
+    'bz2': bz2.compress,
+    'xz': lzma.compress,
+    'zst': zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+LINES = ''.join(f'line {i} of the text\n' for i in range(4000)).encode('ascii')
+
+
+def read_file(path):
+    return b''.join(raw_blocks(path))
+
+
+@pytest.mark.parametrize('suffix', COMPRESS)
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, suffix):
+    """Each reader gives the whole text, or an error: never a part of it."""
+    path = tmp_path / f'a.txt.{suffix}'
+    one, two = COMPRESS[suffix](LINES), COMPRESS[suffix](b'the second stream')
+    path.write_bytes(one + two)
+    assert read_file(path) == LINES + b'the second stream'
+    ends = {0, 1, 5, *range(11, len(one), len(one) // 9), len(one) - 1}
+    ends |= {len(one) + n for n in (1, 4, 10, 20, len(two) - 1)}
+    for end in ends:
+        path.write_bytes((one + two)[:end])
+        with pytest.raises(CorpusError, match=f'a.txt.{suffix} is truncated: its .{suffix} data has no end'):
+            read_file(path)
+    path.write_bytes(one)  # a whole stream is a whole file: nothing tells that a second one is missing
+    assert read_file(path) == LINES
+
+
+@pytest.mark.parametrize('suffix', COMPRESS)
+def test_a_damaged_stream_after_a_whole_one_is_refused(tmp_path, suffix):
+    path = tmp_path / f'a.txt.{suffix}'
+    one, two = COMPRESS[suffix](LINES), bytearray(COMPRESS[suffix](LINES))
+    for at in (0, 1, 2, len(two) // 2):
+        damaged = two.copy()
+        damaged[at] ^= 0xFF
+        path.write_bytes(one + damaged)
+        with pytest.raises(CorpusError, match=f'its .{suffix} data is damaged|is truncated'):
+            read_file(path)
+    path.write_bytes(one + b'not compressed')
+    with pytest.raises(CorpusError, match='damaged, or followed by other data'):
+        read_file(path)
+
+
+def test_zero_bytes_may_follow_where_the_format_says_so(tmp_path):
+    for suffix in COMPRESS:
+        path = tmp_path / f'a.txt.{suffix}'
+        streams = [COMPRESS[suffix](text) for text in (b'one ', b'two')]
+        path.write_bytes(streams[0] + bytes(512) + streams[1] + bytes(1024))
+        if suffix in ('gz', 'xz'):
+            assert read_file(path) == b'one two'
+        else:
+            with pytest.raises(CorpusError, match='followed by other data'):
+                read_file(path)
+
+
+def test_a_skippable_frame_of_zstandard_is_skipped(tmp_path):
+    frame = b'\x50\x2a\x4d\x18' + (4).to_bytes(4, 'little') + b'note'
+    path = tmp_path / 'a.txt.zst'
+    path.write_bytes(frame + COMPRESS['zst'](LINES) + frame)
+    assert read_file(path) == LINES
+
+
+def test_little_memory_for_what_is_nothing_but_repetition(tmp_path):
+    content = bytes(60_000_000)
+    for suffix in COMPRESS:
+        path = tmp_path / f'a.txt.{suffix}'
+        path.write_bytes(COMPRESS[suffix](content))
+        assert path.stat().st_size < 60_000
+        with open_bytes(str(path)) as file:
+            tracemalloc.start()
+            assert file.read(1) == b'\0'
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 24e6, suffix
+
+
+def test_a_damaged_zip_is_refused(tmp_path):
+    path, content = tmp_path / 'a.zip', in_zip(LINES)
+    path.write_bytes(content)
+    assert read_file(path) == LINES
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 0xFF
+    for bad in (content[: len(content) // 2], content[:-1], bytes(damaged)):
+        path.write_bytes(bad)
+        with pytest.raises(CorpusError, match=r'a\.zip cannot be read'):
+            read_file(path)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Whether it is text or rows, and whether it becomes shorter or longer."""
+    for name in ('a.txt', 'a.jsonl'):
+        for size in (30_000, 50_000):
+            path = tmp_path / name
+            path.write_bytes(b'{"text": "a line"}\n' * 2000)  # 38,000 bytes
+            blocks = WholeFile(path.open('rb', buffering=0), path.stat().st_size, str(path))
+            assert blocks.read(1000)
+            os.truncate(path, size)
+            with pytest.raises(CorpusError, match='of 38,000 bytes: it changed while it was read'):
+                blocks.readall()
+    with pytest.raises(CorpusError, match=r'a\.txt ends before byte 60,000: it changed'):
+        list(TextFile(str(tmp_path / 'a.txt'), 10, 60_000).pieces())
+
+
+def test_a_truncated_parquet_file_is_refused(tmp_path):
+    path = Path(write_parquet(tmp_path / 'a.parquet', DOCUMENTS))
+    content = path.read_bytes()
+    for end in (0, 3, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
+        with pytest.raises(CorpusError, match=r'a\.parquet cannot be read'):
+            list(chunks([file_source(str(path))]))
+    packed = tmp_path / 'a.parquet.gz'
+    packed.write_bytes(gzip.compress(content))
+    assert documents_of(file_source(str(packed))) == DOCUMENTS
+    packed.write_bytes(gzip.compress(content)[:-10])
+    with pytest.raises(CorpusError, match='is truncated'):
+        list(chunks([file_source(str(packed))]))
+
+
+def test_a_text_file_with_or_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / 'prompt.txt'
+    for content in ('Zeile 1\r\nZwölf', ''):
+        for mark in (b'', b'\xef\xbb\xbf'):
+            path.write_bytes(mark + content.encode('utf-8'))
+            assert read_text(path) == content
+    path.write_bytes('\ufeffa\ufeffb'.encode())
+    assert read_text(path) == 'a\ufeffb'  # elsewhere it is a character
+    path.write_bytes(b'good \xff')
+    with pytest.raises(CorpusError, match=r'prompt\.txt is not UTF-8: byte 0xff at 5'):
+        read_text(path)
+    with pytest.raises(CorpusError, match=r'missing\.txt cannot be read: FileNotFoundError'):
+        read_text(tmp_path / 'missing.txt')
 
 
 def test_where_a_wrong_byte_is_in_a_long_text(tmp_path, small):
@@ -268,15 +413,6 @@ def test_a_zip_is_one_file(tmp_path):
     for names, n in ((['a.txt', 'b.txt'], 2), (['notes/'], 0)):
         with pytest.raises(CorpusError, match=f'holds {n} files, not one: unpack it'):
             list(archive(*names).texts())
-
-
-def test_compressed_json_lines(tmp_path):
-    zstandard = pytest.importorskip('zstandard')
-    write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)
-    packed = zstandard.ZstdCompressor().compress((tmp_path / 'a.jsonl').read_bytes())
-    (tmp_path / 'a.jsonl.zst').write_bytes(packed)
-    found = [documents_of(file_source(str(tmp_path / name))) for name in ('a.jsonl', 'a.jsonl.zst')]
-    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize('name', ['a.csv', 'a.tar.gz', 'a.pdf'])

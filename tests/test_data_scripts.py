@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.files import CorpusError
 from data.scripts import options
-from data.sources import CorpusError
 from data.tokendata import DataError, open_data
 from data.tokenizer import from_spec, train_bpe
 from fake_hub import COMMIT, serving
@@ -374,7 +374,10 @@ def test_stdlib_on_files(root, tmp_path):
         (['shakespeare/prepare.py', '--files', '{here}/none.txt'], 'none.txt does not exist'),
         (['shakespeare/prepare.py', '--val_files', '{here}/a.txt'], '--files, which is missing'),
         (['shakespeare/prepare.py', '--files', '{here}/a.txt', '{here}/a.txt'], 'not 2 files'),
-        (['shakespeare/prepare.py', '--files', '{here}/cut.txt.gz'], 'cut.txt.gz cannot be read: EOFError'),
+        (
+            ['shakespeare/prepare.py', '--files', '{here}/cut.txt.gz'],
+            'cut.txt.gz is truncated: its .gz data has no end',
+        ),
         (
             ['shakespeare/prepare.py', '--files', '{here}/a.txt', '--test_files', '{here}/a.txt'],
             '--val_files',
@@ -419,7 +422,7 @@ def test_without_a_network_the_message_says_what_to_do(root, tmp_path):
 def test_a_download_is_checked(tmp_path):
     import hashlib
 
-    from data.sources import CorpusError, download
+    from data.sources import download
 
     archive = tmp_path / 'enwik8.zip'
     with zipfile.ZipFile(archive, 'w') as file:

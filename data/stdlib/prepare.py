@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
 from data.corpus import prepare
+from data.files import CorpusError
 from data.scripts import local_splits, options
-from data.sources import CorpusError, Splits, TextFile
+from data.sources import Splits, TextFile
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
 BUILT = ('_sysconfigdata', 'config-')  # written by the build, with paths of its machine

@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
 from data.corpus import prepare
+from data.files import CorpusError
 from data.scripts import local_or_hub_splits, options
-from data.sources import CorpusError, Joined
+from data.sources import Joined
 
 HUB = ('Salesforce/wikitext', 'b08601e04326c79dfdd32d625aee71d232d685c3')
 
