@@ -49,8 +49,21 @@ from data.sources import (
     identity,
     stored_files,
 )
-from data.tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, Meta, dtype_for, open_data, read_json
+from data.tokendata import (
+    DTYPES,
+    FORMAT,
+    JOB,
+    JOB_SHAPE,
+    META,
+    WORK,
+    DataError,
+    Meta,
+    dtype_for,
+    open_data,
+    read_if_whole,
+)
 from data.tokenizer import Chars, Tokenizer, from_spec, load, train_bpe
+from declared import Object, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
@@ -88,7 +101,7 @@ def chunks(sources: list[Source], at: Position = (0, 0)) -> Iterator[Chunk]:
 @lru_cache(maxsize=1)
 def stored_tokenizer(spec_path: Path, fingerprint: str) -> Tokenizer:
     """The tokenizer of the spec in that file, which must have that fingerprint."""
-    spec = json.loads(Path(spec_path).read_text(encoding='utf-8'))
+    spec = read_json(spec_path, Object())
     return from_spec({**spec, 'fingerprint': fingerprint})
 
 
@@ -484,7 +497,7 @@ def _prepare(
     job = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
         return meta
-    if read_json(work / JOB).get('job') != job:
+    if read_if_whole(work / JOB, JOB_SHAPE).get('job') != job:
         for path in work.iterdir():
             if path.name != 'lock':
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -493,7 +506,7 @@ def _prepare(
         print(f'going on with what {work} holds')
     spec_path = work / 'spec.json'
     if tokenizer is None and spec_path.is_file():
-        tokenizer = from_spec(json.loads(spec_path.read_text(encoding='utf-8')))
+        tokenizer = from_spec(read_json(spec_path, Object()))
     if tokenizer is None:
         print(f'making the tokenizer {name} from the corpus ...', flush=True)
         tokenizer = fit(name, splits, holdout)

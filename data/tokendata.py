@@ -10,30 +10,98 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configurator import UserError
-from data.tokenizer import fingerprint
+from data.tokenizer import TOKEN_ID, Spec, TokenizerError, check_spec, fingerprint, vocab_size_of
+from declared import (
+    LINE,
+    SHA256,
+    Anything,
+    Either,
+    Null,
+    Object,
+    OneOf,
+    Shape,
+    ShapeError,
+    Table,
+    Text,
+    Whole,
+    read_json,
+)
 
 FORMAT = 1  # of meta.json
 SPLITS = ('train', 'val', 'test')
-META, STAMP = 'meta.json', '.verified.json'
+META, STAMPS = 'meta.json', '.verified.json'
 WORK, JOB = '.prepare', 'job.json'  # the folder of a preparation under way, and what it is to make
 DTYPES: dict[str, np.dtype[Any]] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+LARGEST = 1 << 32  # vocabulary whose ids fit
 SCAN_BYTES = 1 << 23  # read at a time when a file is verified
 
 Meta = dict[str, Any]  # the content of meta.json
-Tokens = np.memmap | NDArray[Any]  # (n_tokens,) of uint16 or uint32
+Tokens = np.memmap[Any, Any] | NDArray[Any]  # (n_tokens,) of uint16 or uint32
 Int64s = NDArray[np.int64]
+
+# What the files of a data set hold
+COUNT = Whole(0)
+SPLIT_SHAPE = Object(
+    {'tokens': Whole(1), 'sha256': SHA256}, optional={'documents': COUNT, 'bytes': COUNT}, closed=True
+)
+META_SHAPE = Object(
+    {
+        'format': OneOf(FORMAT),
+        'vocab_size': Whole(1, LARGEST),
+        'dtype': OneOf(*DTYPES),
+        'splits': Table(OneOf(*SPLITS), SPLIT_SHAPE),
+        'tokenizer': Object(),  # tokenizer.SPECS tells what is in it
+    },
+    optional={
+        'begin': Either(TOKEN_ID, Null()),  # the token before every document
+        'source': Anything(),
+        'command': Either(LINE, Null()),
+        'job': LINE,
+    },
+)
+JOB_SHAPE = Object({'job': LINE}, optional={'command': Either(LINE, Null())})
+STAMPS_SHAPE = Table(
+    Text(),
+    Object(
+        {
+            'size': COUNT,
+            'mtime_ns': Whole(),
+            'ctime_ns': Whole(),
+            'inode': COUNT,
+            'dtype': OneOf(*DTYPES),
+            'vocab_size': Whole(1, LARGEST),
+            'sha256': SHA256,
+        }
+    ),
+)
 
 
 class DataError(UserError):
     """Data that cannot be used, in one line: the file, what it holds, what was expected, and the fix."""
+
+
+class FileStamp(NamedTuple):
+    """What the file system tells of a file. The size and the time of change can be set back after a change;
+    the time of status change (ctime) cannot."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> 'FileStamp':
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @dataclass(frozen=True)
@@ -42,8 +110,26 @@ class TokenData:
     splits: dict[str, Tokens]  # name -> read-only np.memmap (n_tokens,) of uint16 or uint32
     meta: Meta  # the content of meta.json; {} for a plain .bin
     vocab_size: int
-    tokenizer_spec: dict[str, Any] | None  # complete: tokenizer.from_spec builds the tokenizer from it
+    tokenizer_spec: Spec | None  # complete: tokenizer.from_spec builds the tokenizer from it
     fingerprint: str | None  # SHA-256 over the splits' SHA-256; None for a plain .bin that was not verified
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict)  # of the token files, as they were opened
+
+    def changed(self) -> str | None:
+        """None if the token files are still those that were opened, else one line that says what changed.
+
+        It asks the file system alone, so it is cheap enough for every save of a run. A change of mode or of
+        hard links counts too: `open_data` reads the files again and tells by its fingerprint whether the
+        tokens are the same.
+        """
+        for path, then in self.stamps.items():
+            try:
+                now = FileStamp.of(path.stat())
+            except OSError as error:
+                return f'{path} cannot be read any more ({error.strerror})'
+            for what, old, new in zip(then._fields, then, now, strict=True):
+                if old != new:
+                    return f'{path} changed since it was opened: its {what} was {old}, now it is {new}'
+        return None
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -58,16 +144,16 @@ def open_data(
 
     `vocab_size` is for a folder without meta.json (nanoGPT's raw .bin); with meta.json it must agree.
     `verify` reads every file to its end, to compute its SHA-256 and to find ids outside the vocabulary. That
-    happens once per file: `.verified.json` beside it remembers its size, time of change and SHA-256, if the
-    folder is writable. Everything else (names, sizes, meta.json, tokenizer) is checked at every call.
-    DataError names what is wrong and the fix.
+    happens once per file: `.verified.json` beside it remembers the file's stamp and SHA-256, if the folder is
+    writable. Everything else (names, sizes, meta.json, tokenizer) is checked at every call. DataError names
+    what is wrong and the fix.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f'{folder} does not exist: {_how_to_make(folder, {})}')
     has_meta = (folder / META).is_file()
     if not has_meta and (folder / WORK).is_dir():
-        fix = _how_to_make(folder, read_json(folder / WORK / JOB))
+        fix = _how_to_make(folder, read_if_whole(folder / WORK / JOB, JOB_SHAPE))
         raise DataError(f'{folder} holds an unfinished preparation: {fix}; it goes on where it stopped')
     meta = _read_meta(folder, vocab_size) if has_meta else {}
     fix = _how_to_make(folder, meta)
@@ -77,38 +163,45 @@ def open_data(
             'or give vocab_size (50257 for GPT-2 tokens) to use plain .bin files'
         )
     vocab_size = int(meta.get('vocab_size') or vocab_size or 0)
+    if not 1 <= vocab_size <= LARGEST:
+        raise DataError(f'vocab_size={vocab_size}: a vocabulary has from 1 to {LARGEST:,} ids')
     dtype = DTYPES[meta.get('dtype') or dtype_for(vocab_size)]
     names = list(meta['splits']) if meta else [s for s in SPLITS if (folder / f'{s}.bin').exists()]
     for name in ('train', 'val'):
         if name not in names:
             raise DataError(f'{folder / name}.bin is missing: {fix}')
-    spec = _tokenizer_spec(folder, meta, fix)
-    files = {name: folder / f'{name}.bin' for name in names}
-    for name, path in files.items():
-        _check_size(path, dtype, meta.get('splits', {}).get(name), block_size, fix)
-    hashes = {name: split['sha256'] for name, split in meta.get('splits', {}).items()}
-    if verify:
-        stamps = read_json(folder / STAMP)
-        found = {
-            name: _verified(path, dtype, vocab_size, hashes.get(name), stamps, fix)
-            for name, path in files.items()
-        }
-        if found != stamps:
-            _write_stamps(folder, found)
-        hashes = {name: stamp['sha256'] for name, stamp in found.items()}
+    spec = _tokenizer_spec(folder, meta, fix) if meta else None
+    entries = {f'{name}.bin': meta['splits'][name] if meta else {} for name in names}
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(_open_file(folder / name, fix)) for name in entries}
+            stamps = {folder / name: FileStamp.of(os.fstat(file.fileno())) for name, file in files.items()}
+            for name, entry in entries.items():
+                size = stamps[folder / name].size
+                _check_size(folder / name, size, dtype, entry.get('tokens'), block_size, fix)
+            hashes = {name: entry.get('sha256') for name, entry in entries.items()}
+            if verify:
+                hashes = _verify(folder, files, stamps, dtype, vocab_size, hashes, fix)
+            splits: dict[str, Tokens] = {
+                name.removesuffix('.bin'): np.memmap(file, dtype, 'r') for name, file in files.items()
+            }
+    except OSError as error:
+        raise DataError(f'{error.filename or folder} cannot be read ({error.strerror or error})') from error
+    known = {name.removesuffix('.bin'): sha256 for name, sha256 in hashes.items()}
     return TokenData(
         folder=folder,
-        splits={name: np.memmap(path, dtype=dtype, mode='r') for name, path in files.items()},
+        splits=splits,
         meta=meta,
         vocab_size=vocab_size,
         tokenizer_spec=spec,
-        fingerprint=fingerprint(hashes) if hashes else None,
+        fingerprint=fingerprint(known) if all(known.values()) else None,
+        stamps=stamps,
     )
 
 
 def _how_to_make(folder: Path, meta: Meta) -> str:
     """What to do about a broken or missing data set: the command that makes it."""
-    if isinstance(meta.get('command'), str):
+    if meta.get('command'):
         return f'run {meta["command"]}'
     if (folder / 'prepare.py').is_file():
         return f'run python {folder / "prepare.py"}'
@@ -116,37 +209,24 @@ def _how_to_make(folder: Path, meta: Meta) -> str:
 
 
 def _read_meta(folder: Path, vocab_size: int | None) -> Meta:
-    path = folder / META
     fix = _how_to_make(folder, {})
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise DataError(f'{path} is not JSON ({error}): {fix}') from error
-    wanted = {'format': int, 'vocab_size': int, 'dtype': str, 'splits': dict, 'tokenizer': dict}
-    for key, kind in wanted.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
-            raise DataError(f'{path} has no {key!r} ({kind.__name__}): {fix}')
-    if meta['format'] != FORMAT:
-        raise DataError(f'{path} has format {meta["format"]}, this program reads {FORMAT}: {fix}')
-    if meta['dtype'] not in DTYPES:
-        raise DataError(f'{path} has dtype {meta["dtype"]!r}, expected one of {", ".join(DTYPES)}: {fix}')
-    for name, split in meta['splits'].items():
-        if name not in SPLITS:
-            raise DataError(f'{path} has a split {name!r}, expected {", ".join(SPLITS)}: {fix}')
-        if not isinstance(split, dict) or not isinstance(split.get('tokens'), int) or 'sha256' not in split:
-            raise DataError(f"{path} does not say the tokens and sha256 of split '{name}': {fix}")
+        meta: Meta = read_json(folder / META, META_SHAPE)
+    except ShapeError as error:
+        raise DataError(f'{error}: {fix}') from error
     if vocab_size and int(vocab_size) != meta['vocab_size']:
         raise DataError(
-            f'{path} says a vocabulary of {meta["vocab_size"]}, vocab_size={vocab_size} was given: leave out '
-            'vocab_size'
+            f'{folder / META} says a vocabulary of {meta["vocab_size"]}, vocab_size={vocab_size} was given: '
+            'leave out vocab_size'
         )
-    return dict(meta)
+    return meta
 
 
-def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> dict[str, Any] | None:
-    """The spec in meta.json, completed with the text of the tokenizer.json that stands beside it."""
-    if not meta:
-        return None
+def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> Spec:
+    """The spec in meta.json, completed with the text of the tokenizer.json that stands beside it.
+
+    It must be the tokenizer of this vocabulary: one that has fewer ids would leave some that never occur.
+    """
     spec = dict(meta['tokenizer'])
     if spec.get('kind') == 'tokenizers':
         path = folder / 'tokenizer.json'
@@ -154,45 +234,54 @@ def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> dict[str, Any] | None
             spec['json'] = path.read_text(encoding='utf-8')
         except (OSError, ValueError) as error:
             raise DataError(f'{path} cannot be read ({error}): {fix}') from error
-    # a tiktoken encoding is known by its name only; tokenizer.from_spec checks it when it is loaded
-    if spec.get('kind') != 'tiktoken' and fingerprint(spec) != spec.get('fingerprint'):
+    try:
+        check_spec(spec)
+        # an encoding of tiktoken is known by its name only; from_spec checks it when it is needed
+        if spec['kind'] != 'tiktoken' and fingerprint(spec) != spec['fingerprint']:
+            raise DataError(
+                f'the tokenizer in {folder} has fingerprint {fingerprint(spec)[:12]}, the tokens were made '
+                f'with {spec["fingerprint"][:12]}: {fix}'
+            )
+        known = vocab_size_of(spec)
+    except TokenizerError as error:
+        raise DataError(f'the tokenizer in {folder} cannot be used ({error}): {fix}') from error
+    if known != meta['vocab_size']:
         raise DataError(
-            f'the tokenizer in {folder} has fingerprint {fingerprint(spec)[:12]}, the tokens were made with '
-            f'{str(spec.get("fingerprint"))[:12]}: {fix}'
+            f'{folder / META} has vocab_size {meta["vocab_size"]:,}, its tokenizer has {known:,} ids: {fix}'
         )
+    for what, token in (('begin', meta.get('begin')), ('eot', spec['eot']), ('bos', spec['bos'])):
+        if token is not None and token >= known:
+            raise DataError(f'{folder / META} has {what} {token}, the vocabulary has {known:,} ids: {fix}')
     return spec
 
 
-def _check_size(
-    path: Path, dtype: np.dtype[Any], split: Meta | None, block_size: int | None, fix: str
-) -> None:
-    """Check what the directory entry alone tells: missing, empty, truncated, of another dtype, too short."""
+def _open_file(path: Path, fix: str) -> IO[bytes]:
     if not path.is_file():
         raise DataError(f'{path} is missing: {fix}')
-    size = path.stat().st_size
+    return path.open('rb')
+
+
+def _check_size(
+    path: Path, size: int, dtype: np.dtype[Any], expected: int | None, block_size: int | None, fix: str
+) -> None:
+    """Check what the size in bytes tells: an empty, truncated or too short file, or one of another dtype.
+
+    expected: the number of tokens, or None if it is not known
+    """
     if size == 0:
         raise DataError(f'{path} is empty: {fix}')
     if size % dtype.itemsize:
         raise DataError(
             f'{path} holds {size:,} bytes, not a whole number of {dtype.itemsize}-byte {dtype.name} tokens: '
-            f'it was cut short or is not a token file; {fix}'
+            f'it is truncated, or it is not a token file; {fix}'
         )
     tokens = size // dtype.itemsize
-    if split is not None and tokens != split['tokens']:
-        other = {
-            2 * split['tokens']: 'uint16',
-            4 * split['tokens']: 'uint32',
-            8 * split['tokens']: 'int64',
-        }.get(size)
-        why = (
-            f'it looks like {other}'
-            if other
-            else 'it was cut short'
-            if tokens < split['tokens']
-            else 'it grew'
-        )
+    if expected is not None and tokens != expected:
+        other = {2 * expected: 'uint16', 4 * expected: 'uint32', 8 * expected: 'int64'}.get(size)
+        guess = 'it is truncated' if tokens < expected else 'it grew'
         raise DataError(
-            f'{path} holds {tokens:,} tokens of {dtype.name}, {META} says {split["tokens"]:,}: {why}; {fix}'
+            f'{path} holds {tokens:,} tokens of {dtype.name}, {META} says {expected:,}: '
+            f'{f"it looks like {other}" if other else guess}; {fix}'
         )
     if block_size is not None and tokens <= block_size:
         raise DataError(
@@ -201,45 +290,59 @@ def _check_size(
         )
 
 
-def _verified(
-    path: Path, dtype: np.dtype[Any], vocab_size: int, sha256: str | None, stamps: Meta, fix: str
-) -> Meta:
-    """Compare the file's content with the vocabulary and with `sha256` (None: unknown); its stamp."""
-    stat = path.stat()
-    stamp = {
-        'size': stat.st_size,
-        'mtime_ns': stat.st_mtime_ns,
-        'dtype': dtype.name,
-        'vocab_size': vocab_size,
-    }
-    known = stamps.get(path.stem)
-    if not isinstance(known, dict) or {k: known.get(k) for k in stamp} != stamp or 'sha256' not in known:
-        known = {**stamp, 'sha256': _scan(path, dtype, vocab_size, sha256 is None, fix)}
-    if sha256 is not None and known['sha256'] != sha256:
-        raise DataError(
-            f'{path} has SHA-256 {known["sha256"][:12]}..., {META} says {sha256[:12]}...: it changed; {fix}'
-        )
-    return known
+def _verify(
+    folder: Path,
+    files: Mapping[str, IO[bytes]],
+    stamps: Mapping[Path, FileStamp],
+    dtype: np.dtype[Any],
+    vocab_size: int,
+    hashes: Mapping[str, str | None],
+    fix: str,
+) -> dict[str, str | None]:
+    """Compare the content of every file with the vocabulary and, if it is known, with its SHA-256.
+
+    Returns the SHA-256 of each. A file whose stamp is that of an earlier call is not read again.
+    """
+    known = read_if_whole(folder / STAMPS, STAMPS_SHAPE)
+    found = {}
+    for name, file in files.items():
+        path = folder / name
+        stamp = {**stamps[path]._asdict(), 'dtype': dtype.name, 'vocab_size': vocab_size}
+        before = known.get(name, {})
+        if stamp != {key: before.get(key) for key in stamp}:
+            before = {**stamp, 'sha256': _scan(path, file, dtype, vocab_size, hashes[name] is None, fix)}
+            if FileStamp.of(path.stat()) != stamps[path]:
+                raise DataError(f'{path} changed while it was read: wait until it is complete; {fix}')
+        wanted = hashes[name]
+        if wanted is not None and before['sha256'] != wanted:
+            raise DataError(
+                f'{path} has SHA-256 {before["sha256"][:12]}..., {META} says {wanted[:12]}...: '
+                f'it changed; {fix}'
+            )
+        found[name] = before
+    if found != known:
+        _write_stamps(folder, found)
+    return {name: stamp['sha256'] for name, stamp in found.items()}
 
 
-def _scan(path: Path, dtype: np.dtype[Any], vocab_size: int, plain: bool, fix: str) -> str:
+def _scan(path: Path, file: IO[bytes], dtype: np.dtype[Any], vocab_size: int, plain: bool, fix: str) -> str:
     """Read the file once and return its SHA-256; DataError at the first id outside the vocabulary."""
-    if path.stat().st_size >= 1 << 30:
-        print(f'verifying {path} ({path.stat().st_size / 1e9:.1f} GB), once', file=sys.stderr)
+    size = os.fstat(file.fileno()).st_size
+    if size >= 1 << 30:
+        print(f'verifying {path} ({size / 1e9:.1f} GB), once', file=sys.stderr)
     digest, position = hashlib.sha256(), 0
-    with path.open('rb') as file:
-        while block := file.read(SCAN_BYTES):
-            digest.update(block)
-            tokens = np.frombuffer(block, dtype)
-            if plain and position == 0:
-                _check_plain(path, block, tokens)
-            if tokens.max() >= vocab_size:
-                at = int(np.argmax(tokens >= vocab_size))
-                raise DataError(
-                    f'{path} holds token id {tokens[at]} at position {position + at:,}, the vocabulary has '
-                    f'{vocab_size:,} ids: another tokenizer wrote it, or not as {dtype.name}; {fix}'
-                )
-            position += len(tokens)
+    while block := file.read(SCAN_BYTES):
+        digest.update(block)
+        tokens = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)
+        if plain and position == 0:
+            _check_plain(path, block, tokens)
+        if tokens.max(initial=0) >= vocab_size:
+            at = int(np.argmax(tokens >= vocab_size))
+            raise DataError(
+                f'{path} holds token id {tokens[at]} at position {position + at:,}, the vocabulary has '
+                f'{vocab_size:,} ids: another tokenizer wrote it, or not as {dtype.name}; {fix}'
+            )
+        position += len(tokens)
     return digest.hexdigest()
 
 
@@ -256,22 +359,28 @@ def _check_plain(path: Path, block: bytes, tokens: NDArray[Any]) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or an empty one if the file is missing or broken."""
+def read_if_whole(path: Path, shape: Shape) -> dict[str, Any]:
+    """The object in a file that only saves work: an empty one if the file is missing or broken."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        return dict(read_json(path, shape))
+    except ShapeError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _write_stamps(folder: Path, stamps: Meta) -> None:
-    temporary = folder / f'{STAMP}.{os.getpid()}'
+def _write_stamps(folder: Path, stamps: Mapping[str, Any]) -> None:
+    """Remember what was verified; a folder that cannot be written to only costs that next time."""
+    temporary = folder / f'{STAMPS}.{os.getpid()}'
     try:
         temporary.write_text(json.dumps(stamps, indent=1), encoding='utf-8')
-        os.replace(temporary, folder / STAMP)
-    except OSError:  # a folder that cannot be written to is verified again next time
-        temporary.unlink(missing_ok=True)
+        os.replace(temporary, folder / STAMPS)
+    except OSError as error:
+        print(
+            f'{folder} is verified again at every start: {STAMPS} cannot be written there '
+            f'({error.strerror or error})',
+            file=sys.stderr,
+        )
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------

@@ -24,12 +24,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configurator import UserError
+from declared import (
+    SHA256,
+    Either,
+    Flag,
+    List,
+    Null,
+    Object,
+    OneOf,
+    Shape,
+    ShapeError,
+    Table,
+    Text,
+    Whole,
+    check,
+)
+from declared import read_json as read_declared
 
 if TYPE_CHECKING:
     import tiktoken
 
 Spec = dict[str, Any]  # JSON-able: kind, eot, bos, fingerprint, and what the kind needs
 Ids = list[int] | NDArray[Any]
+
+TOKEN_ID = Whole(0, (1 << 32) - 1)
+MAYBE_ID = Either(TOKEN_ID, Null())
+# kind -> what its spec holds besides its kind, eot, bos and fingerprint
+SPECS: dict[str, dict[str, Shape]] = {
+    'bytes': {},
+    'chars': {'characters': List(Text(r'(?s:.)', 'a single character'), least=1)},
+    'tiktoken': {'name': Text(r'[\w.-]{1,100}', 'the name of an encoding')},
+    'tokenizers': {'json': Text()},
+}
+# of the files of others, what is read here
+TOKENIZER_JSON = Object(
+    optional={'added_tokens': Either(List(Object({'id': TOKEN_ID, 'content': Text()})), Null())}
+)
+CONFIG_IDS = Either(TOKEN_ID, List(TOKEN_ID), Null())
+CONFIG_JSON = Object(
+    optional={
+        'eos_token_id': CONFIG_IDS,
+        'bos_token_id': CONFIG_IDS,
+        'add_prefix_space': Either(Flag(), Null()),
+    }
+)
+ADDED_JSON = Table(Text(), TOKEN_ID)
 
 END_OF_TEXT = '<|endoftext|>'
 # names of the token that ends a document, for a tokenizer.json that comes without a config beside it
@@ -49,6 +88,17 @@ GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 GPT2_SHA256 = {
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+}
+
+
+TIKTOKEN_SIZES = {
+    'gpt2': 50_257,
+    'r50k_base': 50_257,
+    'p50k_base': 50_281,
+    'p50k_edit': 50_284,
+    'cl100k_base': 100_277,
+    'o200k_base': 200_019,
+    'o200k_harmony': 201_088,
 }
 
 
@@ -285,6 +335,26 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
     return HuggingFace(model.to_str(), eot=model.token_to_id(END_OF_TEXT))
 
 
+def check_spec(spec: Any) -> None:
+    """TokenizerError unless this is a spec as `Tokenizer.spec` is."""
+    try:
+        check(spec, Object({'kind': OneOf(*SPECS)}), 'not a tokenizer spec')
+        fields: dict[str, Shape] = {'kind': Text(), 'eot': MAYBE_ID, 'bos': MAYBE_ID, 'fingerprint': SHA256}
+        check(spec, Object({**fields, **SPECS[spec['kind']]}, closed=True), 'not a tokenizer spec')
+    except ShapeError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def vocab_size_of(spec: Spec) -> int:
+    """How many ids the tokenizer of a spec has; TokenizerError as `from_spec`.
+
+    An encoding of tiktoken whose size is known here is not loaded: training on its tokens needs no more.
+    """
+    check_spec(spec)
+    known = TIKTOKEN_SIZES.get(spec['name']) if spec['kind'] == 'tiktoken' else None
+    return known or from_spec(spec).vocab_size
+
+
 def from_spec(spec: Spec) -> Tokenizer:
     """The tokenizer of a spec. TokenizerError if its fingerprint is not the one that the spec holds."""
     builders: dict[str, Callable[[], Tokenizer]] = {
@@ -293,15 +363,12 @@ def from_spec(spec: Spec) -> Tokenizer:
         'tiktoken': lambda: Tiktoken(spec['name']),
         'tokenizers': lambda: HuggingFace(spec['json'], spec['eot'], spec['bos']),
     }
-    try:
-        build, expected = builders[spec['kind']], spec['fingerprint']
-        tokenizer = build()
-    except (KeyError, TypeError) as error:
-        raise TokenizerError(f'not a tokenizer spec: {error} is missing or unknown') from error
+    check_spec(spec)
+    tokenizer, expected = builders[spec['kind']](), spec['fingerprint']
     if tokenizer.fingerprint != expected:
         raise TokenizerError(
             f'the {tokenizer.kind} tokenizer here has fingerprint {tokenizer.fingerprint[:12]}, '
-            f'the one that made the tokens had {str(expected)[:12]}: its ids mean other text'
+            f'the one that made the tokens had {expected[:12]}: its ids mean other text'
         )
     return tokenizer
 
@@ -339,21 +406,26 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, shape: Shape) -> Any:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f'{path} is not JSON: {error}') from error
+        return read_declared(path, shape)
+    except ShapeError as error:
+        raise TokenizerError(f'not a tokenizer that can be read: {error}') from error
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeError) as error:
+        raise TokenizerError(f'not a tokenizer that can be read: {path} ({error})') from error
 
 
 def _from_json_file(path: Path) -> HuggingFace:
     """A tokenizer.json without config files beside it: the end-of-text token is recognised by its name."""
-    content = _read_json(path)
-    names = {}
-    for token in (content.get('added_tokens') or []) if isinstance(content, dict) else []:
-        names[token.get('content')] = token.get('id')
+    content = _read_json(path, TOKENIZER_JSON)
+    names = {token['content']: token['id'] for token in content.get('added_tokens') or []}
     eot = next((names[name] for name in END_NAMES if name in names), None)
-    return HuggingFace(path.read_text(encoding='utf-8'), eot=eot)
+    return HuggingFace(_read_utf8(path), eot=eot)
 
 
 def _from_folder(folder: Path) -> HuggingFace:
@@ -361,14 +433,14 @@ def _from_folder(folder: Path) -> HuggingFace:
     configs: dict[str, Any] = {}
     for file in ('config.json', 'special_tokens_map.json', 'tokenizer_config.json'):  # the later wins
         if (folder / file).is_file():
-            configs.update({k: v for k, v in _read_json(folder / file).items() if v is not None})
+            found = _read_json(folder / file, CONFIG_JSON)
+            configs.update({k: v for k, v in found.items() if v is not None})
     # a token is written as its text or as {"content": text, ...}
-    special = {
-        k: v['content'] if isinstance(v, dict) else v for k, v in configs.items() if k.endswith('_token')
-    }
-    special = {k: v for k, v in special.items() if isinstance(v, str)}
+    tokens = {k: v for k, v in configs.items() if k.endswith('_token')}
+    tokens = {k: v.get('content') if isinstance(v, dict) else v for k, v in tokens.items()}
+    special = {k: v for k, v in tokens.items() if isinstance(v, str)}
     if (folder / 'tokenizer.json').is_file():
-        text = (folder / 'tokenizer.json').read_text(encoding='utf-8')
+        text = _read_utf8(folder / 'tokenizer.json')
     elif (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
         text = _gpt2_json(folder, special, bool(configs.get('add_prefix_space', False)))
     else:
@@ -404,7 +476,9 @@ def _gpt2_json(folder: Path, special: dict[str, str], add_prefix_space: bool) ->
     model.decoder = decoders.ByteLevel()
     added = folder / 'added_tokens.json'
     if added.is_file():
-        model.add_tokens([token for token, _ in sorted(_read_json(added).items(), key=lambda item: item[1])])
+        model.add_tokens(
+            [token for token, _ in sorted(_read_json(added, ADDED_JSON).items(), key=lambda item: item[1])]
+        )
     # only tokens that have an id: a name that the vocabulary lacks would get an id that no model knows
     ids = {token: model.token_to_id(token) for token in (*special.values(), END_OF_TEXT)}
     known = sorted((i, token) for token, i in ids.items() if i is not None)

@@ -10,7 +10,7 @@ from data import tokendata
 from data.corpus import prepare
 from data.sources import TextFile
 from data.tokendata import DataError, open_data
-from data.tokenizer import from_spec
+from data.tokenizer import Chars, fingerprint, from_spec
 
 BLOCK = 8
 
@@ -68,7 +68,7 @@ def test_a_folder_that_is_not_there(tmp_path):
     refused(tmp_path / 'nothing', str(tmp_path / 'nothing'), 'does not exist', '--out_dir')
 
 
-def test_the_mend_is_the_command_that_made_it(folder, root):
+def test_the_fix_is_the_command_that_made_it(folder, root):
     edit_meta(folder, command='python data/x/prepare.py --files a')
     (folder / 'val.bin').unlink()
     refused(folder, 'val.bin is missing', 'run python data/x/prepare.py --files a')
@@ -90,12 +90,12 @@ def test_an_empty_file(folder, name):
 def test_an_odd_number_of_bytes(folder):
     with (folder / 'train.bin').open('ab') as file:
         file.write(b'\x00')
-    refused(folder, 'train.bin holds 1,801 bytes', '2-byte uint16', 'cut short')
+    refused(folder, 'train.bin holds 1,801 bytes', '2-byte uint16', 'truncated')
 
 
 def test_a_truncated_file(folder):
     os.truncate(folder / 'train.bin', 1000)
-    refused(folder, 'train.bin holds 500 tokens', 'says 900', 'cut short')
+    refused(folder, 'train.bin holds 500 tokens', 'says 900', 'truncated')
 
 
 def test_a_file_that_grew(folder):
@@ -142,27 +142,101 @@ def test_an_unfinished_preparation(folder):
 @pytest.mark.parametrize(
     ('changes', 'wanted'),
     [
-        ({'format': 99}, 'format 99'),
-        ({'format': None}, "no 'format'"),
-        ({'vocab_size': '10'}, "no 'vocab_size'"),
-        ({'dtype': 'float16'}, "dtype 'float16'"),
-        ({'splits': []}, "no 'splits'"),
-        ({'splits': {'train': {'tokens': 900}}}, "split 'train'"),
-        ({'splits': {'../train': {'tokens': 900, 'sha256': ''}}}, "split '../train'"),
+        ({'format': 99}, 'format is 99, not 1'),
+        ({'format': None}, 'format is null, not 1'),
+        ({'vocab_size': '10'}, "vocab_size is '10', not a whole number from 1 to 4,294,967,296"),
+        ({'vocab_size': 0}, 'vocab_size is 0, not a whole number from 1'),
+        ({'vocab_size': True}, 'vocab_size is true, not a whole number'),
+        ({'vocab_size': 145}, 'has vocab_size 145, its tokenizer has 10 ids'),
+        ({'vocab_size': 9}, 'has vocab_size 9, its tokenizer has 10 ids'),
+        ({'dtype': 'float16'}, "dtype is 'float16', not 'uint16' or 'uint32'"),
+        ({'begin': 10}, 'begin 10, the vocabulary has 10 ids'),
+        ({'begin': -1}, 'begin is -1, not a whole number'),
+        ({'command': 'a\nb'}, "command is 'a\\nb', not one line of text"),
+        ({'splits': []}, 'splits is a list, not an object'),
         ({'splits': {}}, 'train.bin is missing'),
-        ({'tokenizer': None}, "no 'tokenizer'"),
-        ({'tokenizer': {'kind': 'bytes'}}, 'the tokenizer in'),
+        ({'tokenizer': None}, 'tokenizer is null, not an object'),
+        ({'tokenizer': {'kind': 'bytes'}}, 'eot is missing'),
+        ({'tokenizer': {'kind': 'pickle'}}, "kind is 'pickle', not 'bytes' or"),
     ],
 )
 def test_a_broken_meta(folder, changes, wanted):
     edit_meta(folder, **changes)
-    refused(folder, wanted)
+    refused(folder, str(folder), wanted, '--out_dir')
 
 
-@pytest.mark.parametrize('content', ['', '{"format": 1', '[]', '\x80\x04\x95pickle'])
+@pytest.mark.parametrize(
+    ('changes', 'wanted'),
+    [
+        ({'tokens': 0}, 'splits.val.tokens is 0, not a whole number of at least 1'),
+        ({'tokens': 100.0}, 'splits.val.tokens is 100.0, not a whole number'),
+        ({'sha256': 7}, 'splits.val.sha256 is 7, not a SHA-256'),
+        ({'sha256': ''}, "splits.val.sha256 is '', not a SHA-256"),
+        ({'bytes': '100'}, "splits.val.bytes is '100', not a whole number of at least 0"),
+        ({'documents': -1}, 'splits.val.documents is -1, not a whole number'),
+        ({'path': '/etc/passwd'}, 'splits.val.path is not known'),
+    ],
+)
+def test_a_broken_split_in_the_meta(folder, changes, wanted):
+    splits = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['splits']
+    edit_meta(folder, splits={**splits, 'val': {**splits['val'], **changes}})
+    refused(folder, f'meta.json: {wanted}')
+    edit_meta(folder, splits={**splits, '../val': splits['val']})
+    refused(folder, "meta.json: a name in splits is '../val', not 'train' or 'val' or 'test'")
+
+
+@pytest.mark.parametrize(
+    ('changes', 'wanted'),
+    [
+        ({'kind': 'tiktoken', 'name': '../../gpt2'}, "name is '../../gpt2', not the name of an encoding"),
+        ({'kind': 'tiktoken', 'name': 'gpt22'}, "tiktoken has no encoding 'gpt22'"),
+        ({'kind': 'tiktoken', 'name': 'gpt2'}, 'has vocab_size 10, its tokenizer has 50,257 ids'),
+        ({'kind': 'chars', 'characters': []}, 'characters is a list, not a list of at least 1'),
+        ({'kind': 'chars', 'characters': ['a', 7]}, 'characters[1] is 7, not a single character'),
+        ({'kind': 'chars', 'characters': ['a'], 'eot': 'a'}, "eot is 'a', not a whole number"),
+        ({'kind': 'chars', 'characters': ['a', 'b']}, 'the tokens were made with 000000000000'),
+        ({'kind': 'bytes'}, 'has fingerprint'),
+    ],
+)
+def test_a_broken_tokenizer_in_the_meta(folder, changes, wanted):
+    edit_meta(folder, tokenizer={'eot': None, 'bos': None, 'fingerprint': '0' * 64, **changes})
+    refused(folder, str(folder), wanted)
+
+
+@pytest.mark.parametrize('which', ['eot', 'bos'])
+def test_a_special_token_beyond_the_vocabulary(folder, which):
+    spec = Chars('abcdefghij').spec | {which: 10}
+    edit_meta(folder, tokenizer={**spec, 'fingerprint': fingerprint(spec)})
+    refused(folder, str(folder), 'its ids mean other text')
+    spec = {'kind': 'tiktoken', 'name': 'gpt2', 'eot': None, 'bos': None, 'fingerprint': '0' * 64}
+    edit_meta(folder, vocab_size=50257, tokenizer={**spec, which: 50257})
+    refused(folder, f'has {which} 50257, the vocabulary has 50,257 ids')
+    edit_meta(folder, vocab_size=50257, tokenizer={**spec, which: 50256})
+    assert open_data(folder, BLOCK).vocab_size == 50257
+
+
+def test_a_vocabulary_is_that_of_its_tokenizer(tmp_path):
+    """Ids that cannot occur would be trained too, and cost memory and loss."""
+    for name in ('train', 'val'):
+        (tmp_path / f'{name}.txt').write_text(f'some words of {name} to learn from ' * 40, encoding='utf-8')
+    splits = {name: [TextFile(str(tmp_path / f'{name}.txt'))] for name in ('train', 'val')}
+    size = prepare(tmp_path / 'set', 'bpe:280', splits, num_proc=1)['vocab_size']
+    assert open_data(tmp_path / 'set', BLOCK).vocab_size == size
+    edit_meta(tmp_path / 'set', vocab_size=size + 135)
+    refused(tmp_path / 'set', f'has vocab_size {size + 135}, its tokenizer has {size} ids')
+
+
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'{"format": 1', b'[]', b'\x80\x04\x95pickle', b'[' * 100_000 + b']' * 100_000, b'1' * 5000],
+)
 def test_a_meta_that_is_not_json(folder, content):
-    (folder / 'meta.json').write_bytes(content.encode('latin-1'))
+    (folder / 'meta.json').write_bytes(content)
     refused(folder, 'meta.json')
+    (folder / 'meta.json').unlink()
+    (folder / '.prepare').mkdir()
+    (folder / '.prepare' / 'job.json').write_bytes(content)
+    refused(folder, 'unfinished preparation')
 
 
 def test_the_vocabulary_given_must_agree(folder):
@@ -186,6 +260,8 @@ def test_a_changed_tokenizer_is_seen(tmp_path):
 
 def test_plain_files_need_the_vocabulary(plain):
     refused(plain, 'meta.json is missing', 'vocab_size')
+    for bad in (-1, 1 << 33):
+        refused(plain, f'vocab_size={bad}: a vocabulary has from 1 to', vocab_size=bad)
     data = open_data(plain, BLOCK, vocab_size=1000)
     assert (data.vocab_size, data.tokenizer_spec, data.meta) == (1000, None, {})
     assert len(data.fingerprint) == 64

@@ -140,7 +140,10 @@ def test_a_spec_that_was_tampered_with_is_refused(bpe, gpt2):
         with pytest.raises(TokenizerError, match='its ids mean other text') as error:
             from_spec(spec)
         assert '\n' not in str(error.value), what
-    for spec in ({}, {'kind': 'pickle'}, {'kind': 'chars', 'fingerprint': ''}, None):
+    broken = [{}, None, [], {'kind': 'pickle'}, {'kind': 'chars', 'fingerprint': ''}, {'kind': ['bytes']}]
+    broken += [{**bpe.spec, 'eot': '0'}, {**bpe.spec, 'bos': -1}, {**bpe.spec, 'json': None}]
+    broken += [{**Chars('ab').spec, 'characters': 5}, {**Bytes().spec, 'deep': [[[]]]}]
+    for spec in broken:
         with pytest.raises(TokenizerError, match='not a tokenizer spec'):
             from_spec(spec)
 
@@ -236,6 +239,12 @@ def test_load_by_name(gpt2):
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     (tmp_path / 'broken.json').write_text('{"model": ', encoding='utf-8')
+    (tmp_path / 'nested.json').write_text('[' * 100_000, encoding='utf-8')
+    (tmp_path / 'tokens.json').write_text('{"added_tokens": [{"id": "1", "content": "a"}]}', encoding='utf-8')
+    (tmp_path / 'latin').mkdir()
+    (tmp_path / 'latin' / 'tokenizer.json').write_bytes(b'{"a": "\xe9"}')
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'config.json').write_text('{"eos_token_id": "</s>"}', encoding='utf-8')
     (tmp_path / 'other.json').write_text('{"a": 1}', encoding='utf-8')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'sentencepiece').mkdir()
@@ -243,6 +252,10 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
     wanted = {
         'no-such-encoding': 'no encoding .*gpt2',
         str(tmp_path / 'broken.json'): 'is not JSON',
+        str(tmp_path / 'nested.json'): 'is nested too deeply',
+        str(tmp_path / 'tokens.json'): r"added_tokens\[0\]\.id is '1', not a whole number",
+        str(tmp_path / 'latin'): 'cannot be read|not a tokenizer that can be read',
+        str(tmp_path / 'config'): "eos_token_id is '</s>', not a whole number",
         str(tmp_path / 'other.json'): 'not a tokenizer.json',
         str(tmp_path / 'missing.json'): 'does not exist',
         str(tmp_path / 'no' / 'folder'): 'does not exist',
