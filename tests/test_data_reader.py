@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from data.tokendata import DataError, open_data
 from data.tokenizer import Chars, fingerprint, from_spec
 
 BLOCK = 8
+TICK = 0.02  # seconds: the file system's clock may stand still for less
 
 
 @pytest.fixture
@@ -317,7 +321,9 @@ def test_a_file_is_read_once(folder, monkeypatch):
     assert scanned[2:] == ['val.bin']
 
 
-@pytest.mark.parametrize('content', ['', '{', '[]', '{"train": 1}', '{"train": {"sha256": "00"}}'])
+@pytest.mark.parametrize(
+    'content', ['', '{', '[]', '[' * 100_000, '{"train.bin": 1}', '{"train.bin": {"sha256": "00"}}']
+)
 def test_a_broken_stamp_is_ignored(folder, content):
     (folder / '.verified.json').write_text(content, encoding='utf-8')
     assert open_data(folder, BLOCK).vocab_size == 10
@@ -331,13 +337,112 @@ def test_a_forged_meta_is_not_excused_by_a_stamp(folder):
     refused(folder, 'val.bin has SHA-256', 'says 000000000000')
 
 
-def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
-    def read_only(self, *arguments, **more):
-        raise PermissionError(13, 'Permission denied')
+def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
+    """Then even removing the file that was not written fails."""
 
-    monkeypatch.setattr('pathlib.Path.write_text', read_only)
-    assert open_data(folder, BLOCK).vocab_size == 10
+    def read_only(*arguments, **more):
+        raise OSError(30, 'Read-only file system')
+
+    for name in ('pathlib.Path.write_text', 'pathlib.Path.unlink', 'os.replace'):
+        monkeypatch.setattr(name, read_only)
+    for _ in range(2):
+        assert open_data(folder, BLOCK).vocab_size == 10
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1] == (
+            f'{folder} is verified again at every start: .verified.json cannot be written there '
+            '(Read-only file system)'
+        )
     assert sorted(path.name for path in folder.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+
+
+READ_ONLY = """
+mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && ! touch "$1/x" 2>/dev/null || exit 77
+cd "$2" && "$3" -c '
+import sys
+from data.tokendata import open_data
+print(open_data(sys.argv[1]).vocab_size)' "$1"
+"""
+
+
+def test_data_on_a_read_only_mount(folder, root):
+    command = ['unshare', '-rm', 'bash', '-c', READ_ONLY, 'bash', folder, root, sys.executable]
+    try:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip('needs unshare')
+    if done.returncode == 77 or 'unshare' in done.stderr:
+        pytest.skip('needs the right to mount')
+    assert (done.returncode, done.stdout) == (0, '10\n'), done.stderr
+    assert done.stderr.count('\n') == 1
+    assert 'Read-only file system' in done.stderr
+
+
+def test_a_file_that_cannot_be_read_is_one_line(folder, monkeypatch):
+    def broken(*arguments):
+        raise OSError(5, 'Input/output error', str(folder / 'val.bin'))
+
+    monkeypatch.setattr(tokendata, '_scan', broken)
+    refused(folder, f'{folder / "val.bin"} cannot be read (Input/output error)')
+
+
+def test_a_change_that_keeps_size_and_time_is_seen(folder):
+    data = open_data(folder, BLOCK)
+    assert data.changed() is None
+    time.sleep(TICK)
+    stat = (folder / 'val.bin').stat()
+    tokens = np.fromfile(folder / 'val.bin', '<u2')
+    with (folder / 'val.bin').open('r+b') as file:  # the same inode
+        file.write(tokens[::-1].tobytes())
+    os.utime(folder / 'val.bin', ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = (folder / 'val.bin').stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert f'{folder / "val.bin"} changed since it was opened: its ctime_ns was' in data.changed()
+    refused(folder, 'val.bin has SHA-256')
+
+
+@pytest.mark.parametrize('verify', [True, False])
+@pytest.mark.parametrize(
+    ('change', 'wanted'),
+    [
+        (lambda path: os.truncate(path, 100), 'its size was 200, now it is 100'),
+        (lambda path: path.touch(), 'its mtime_ns was'),
+        (lambda path: path.chmod(0o600), 'its ctime_ns was'),
+        (lambda path: path.unlink(), 'cannot be read any more (No such file or directory)'),
+        (lambda path: path.write_bytes(path.read_bytes()), 'was'),
+    ],
+)
+def test_what_changes_under_an_opened_data_set(folder, change, wanted, verify):
+    data = open_data(folder, BLOCK, verify=verify)
+    time.sleep(TICK)
+    change(folder / 'val.bin')
+    reason = data.changed()
+    assert reason.startswith(str(folder / 'val.bin'))
+    assert wanted in reason
+    assert '\n' not in reason
+
+
+def test_a_file_that_is_replaced_is_another_one(folder):
+    data = open_data(folder, BLOCK)
+    before, stat = data.splits['val'].copy(), (folder / 'val.bin').stat()
+    (folder / 'new').write_bytes((folder / 'val.bin').read_bytes()[::-1])
+    os.utime(folder / 'new', ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(folder / 'new', folder / 'val.bin')
+    assert 'changed since it was opened' in data.changed()
+    assert np.array_equal(data.splits['val'], before)  # what is mapped is the file that was verified
+
+
+def test_a_file_that_changes_while_it_is_verified_is_refused(folder, monkeypatch):
+    scan = tokendata._scan
+
+    def slow(path, *arguments):
+        found = scan(path, *arguments)
+        time.sleep(TICK)
+        path.touch()
+        return found
+
+    monkeypatch.setattr(tokendata, '_scan', slow)
+    refused(folder, 'train.bin changed while it was read')
+    assert not (folder / '.verified.json').exists()
 
 
 def test_the_fingerprint_follows_the_content(folder, plain):
