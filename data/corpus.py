@@ -20,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -55,6 +54,7 @@ from data.tokendata import (
     JOB,
     JOB_SHAPE,
     META,
+    SPLITS,
     WORK,
     DataError,
     Meta,
@@ -63,13 +63,15 @@ from data.tokendata import (
     read_if_whole,
 )
 from data.tokenizer import Chars, Tokenizer, from_spec, load, train_bpe
-from declared import Object, read_json
+from declared import LINE, Object, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
 BATCH = 1 << 20  # bytes of text whose ids are Python integers at the same time
 FIT_BYTES = 1 << 30  # bytes of the training split that a BPE is trained on at most: the first
 SMALL = 1 << 24  # bytes of text that are not worth starting processes for
+CHUNK_FORMAT = 2  # of the files in .prepare: chunks of another one are not used
+TOKENS, BYTES, FLAGS, KEY = range(4)  # columns of a chunk's table, which has a row for each piece
 
 Position = tuple[int, int]  # (source, piece of it): where to go on, without a look into the sources before
 Chunk = tuple[list[bytes], list[int], Position]  # pieces, their flags, the position after them
@@ -114,10 +116,10 @@ def encode_chunk(
     begin: int | None,
     end: int | None,
 ) -> int:
-    """Encode a chunk to the file `path`: tokens, a row (tokens, bytes, flags) per piece, the position after.
+    """Encode a chunk to the file `path`: tokens, a table with a row per piece, the position after it.
 
     - spec: the file and the fingerprint of the tokenizer
-    - begin, end: ids put before and after every document, or None
+    - begin, end: ids put before and after every document that has text, or None
 
     Returns the bytes of text.
     """
@@ -130,13 +132,17 @@ def encode_chunk(
         while high < len(pieces) and (size == 0 or size + len(pieces[high]) <= BATCH):
             size += len(pieces[high])
             high += 1
-        for ids, flag in zip(tokenizer.encode_utf8_batch(pieces[low:high]), flags[low:high], strict=True):
-            first = [begin] if begin is not None and flag & STARTS else []
-            last = [end] if end is not None and flag & ENDS else []
+        encoded = tokenizer.encode_utf8_batch(pieces[low:high])
+        for piece, ids, flag in zip(pieces[low:high], encoded, flags[low:high], strict=True):
+            empty = not piece and flag == STARTS | ENDS
+            first = [begin] if begin is not None and flag & STARTS and not empty else []
+            last = [end] if end is not None and flag & ENDS and not empty else []
             arrays.append(np.concatenate([np.asarray(part, dtype) for part in (first, ids, last)]))
         low = high
     sizes = [len(piece) for piece in pieces]
-    table = np.array([[len(a) for a in arrays], sizes, flags], np.int64).T
+    hashes = b''.join(hashlib.blake2b(piece, digest_size=8).digest() for piece in pieces)
+    keys = np.frombuffer(hashes, '<i8')
+    table = np.array([[len(a) for a in arrays], sizes, flags, keys], np.int64).T
     with replacing(path) as file:
         np.savez(file, tokens=np.concatenate(arrays), table=table, after=np.array(after))
     return sum(sizes)
@@ -157,8 +163,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode('utf-8'))
+        file.write(text.encode('utf-8', 'backslashreplace'))  # a file name may have bytes that are not UTF-8
 
 
 def _start_worker() -> None:
@@ -204,7 +211,7 @@ def encode_split(
         table, (source, piece) = read_chunk(path, 'table', 'after')
         after = int(source), int(piece)
         done.append(path)
-        bar.update(int(table[:, 1].sum()))
+        bar.update(int(table[:, BYTES].sum()))
     pending: set[Future[int]] = set()
     for pieces, flags, after_this in chunks(sources, after):
         path = folder / f'{len(done):06d}.npz'
@@ -320,8 +327,7 @@ class Holdout:
         held = math.ceil(self.fraction * count)
         if not 0 < held < count:
             raise CorpusError(
-                f'holding out {self.fraction} of {count} document(s) leaves a split empty: give --val_files, '
-                'or cut one text by position with data/shakespeare/prepare.py --files'
+                f'holding out {self.fraction} of {count} document(s) leaves a split empty: give --val_files'
             )
         order = np.random.default_rng(self.seed).permutation(count)
         return np.array(order[:held], np.int64)
@@ -332,16 +338,18 @@ class TokenWriter:
 
     def __init__(self, path: Path) -> None:
         self.file, self.digest = open(path, 'wb'), hashlib.sha256()
-        self.tokens = self.documents = self.bytes = 0
+        self.tokens = self.documents = self.empty = self.bytes = 0
 
-    def write(self, tokens: NDArray[Any], documents: int, size: int) -> None:
-        """Append tokens (n,): so many documents end in them, and they are so many bytes of text."""
+    def write(self, tokens: NDArray[Any], table: NDArray[np.int64]) -> None:
+        """Append tokens (n,), which are those of the pieces in `table`."""
         block = np.ascontiguousarray(tokens).data
         self.file.write(block)
         self.digest.update(block)
+        empty = (table[:, FLAGS] == STARTS | ENDS) & (table[:, BYTES] == 0)
         self.tokens += len(tokens)
-        self.documents += int(documents)
-        self.bytes += int(size)
+        self.documents += int((table[~empty, FLAGS] & ENDS > 0).sum())
+        self.empty += int(empty.sum())
+        self.bytes += int(table[:, BYTES].sum())
 
     def finish(self) -> dict[str, Any]:
         """Make the file durable; the entry of the split in meta.json."""
@@ -349,7 +357,7 @@ class TokenWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         counts = {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes}
-        return {**counts, 'sha256': self.digest.hexdigest()}
+        return {**counts, 'empty': self.empty, 'sha256': self.digest.hexdigest()}
 
 
 def read_chunk(path: Path, *names: str) -> list[NDArray[Any]]:
@@ -368,43 +376,110 @@ def join_chunks(work: Path, name: str, done: list[Path]) -> dict[str, Any]:
     split = TokenWriter(work / f'{name}.bin')
     for path in done:
         tokens, table = read_chunk(path, 'tokens', 'table')
-        split.write(tokens, (table[:, 2] & ENDS > 0).sum(), table[:, 1].sum())
+        split.write(tokens, table)
     return split.finish()
 
 
-def join_and_hold_out(work: Path, done: list[Path], holdout: Holdout) -> dict[str, dict[str, Any]]:
-    """Join the chunks of one corpus to work/train.bin and work/val.bin; their entries in meta.json."""
-    count = 0
-    for path in done:
-        (table,) = read_chunk(path, 'table')
-        count += int((table[:, 2] & ENDS > 0).sum())
+def held_out(done: list[Path], holdout: Holdout) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The numbers of the documents held out, in the order of val; and of every document, whether it is."""
+    count = sum(len(rows) for rows in document_rows(done))
     order = holdout.documents(count)
     is_held = np.zeros(count, bool)
     is_held[order] = True
+    return order, is_held
+
+
+def join_and_hold_out(
+    work: Path, done: list[Path], order: NDArray[np.int64], is_held: NDArray[np.bool_]
+) -> dict[str, dict[str, Any]]:
+    """Join the chunks of one corpus to work/train.bin and work/val.bin; their entries in meta.json.
+
+    order, is_held: as `held_out` gives them
+    """
     train, document = TokenWriter(work / 'train.bin'), 0
-    tokens_of: Counter[int] = Counter()  # of the documents held out
-    bytes_of: Counter[int] = Counter()
+    rows_of: dict[int, list[list[int]]] = {}  # the table of each document held out
     with open(work / 'held.bin', 'wb') as file:  # in the order of the corpus
         for path in done:
             tokens, table = read_chunk(path, 'tokens', 'table')
-            ends = table[:, 2] & ENDS > 0
+            ends = table[:, FLAGS] & ENDS > 0
             documents = document + np.cumsum(ends) - ends  # of each piece
             document += int(ends.sum())
             held = is_held[documents]
-            of_held = np.repeat(held, table[:, 0])
+            of_held = np.repeat(held, table[:, TOKENS])
             file.write(tokens[of_held].data)
-            train.write(tokens[~of_held], ends[~held].sum(), table[~held, 1].sum())
+            train.write(tokens[~of_held], table[~held])
             for number, row in zip(documents[held].tolist(), table[held].tolist(), strict=True):
-                tokens_of[number] += row[0]
-                bytes_of[number] += row[1]
-    val, corpus_order = TokenWriter(work / 'val.bin'), sorted(tokens_of)
-    ends = np.cumsum([tokens_of[number] for number in corpus_order]).tolist()
-    end_of = dict(zip(corpus_order, ends, strict=True))
-    stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(tokens_of.values()) else tokens[:0]
+                rows_of.setdefault(number, []).append(row)
+    tables = {number: np.array(rows_of[number]) for number in sorted(rows_of)}
+    lengths = [int(table[:, TOKENS].sum()) for table in tables.values()]
+    end_of = dict(zip(tables, np.cumsum(lengths).tolist(), strict=True))
+    stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(lengths) else tokens[:0]
+    val = TokenWriter(work / 'val.bin')
     for number in order.tolist():
         end = end_of[number]
-        val.write(stored[end - tokens_of[number] : end], 1, bytes_of[number])
+        val.write(stored[end - int(tables[number][:, TOKENS].sum()) : end], tables[number])
     return {'train': train.finish(), 'val': val.finish()}
+
+
+# Documents that splits share ------------------------------------------------
+
+
+def document_rows(done: list[Path]) -> Iterator[NDArray[np.int64]]:
+    """For each chunk (n, 2): the bytes and the key of each document that ends in it.
+
+    The key of a document is the sum of its pieces' hashes of 64 bits; how a document is divided into pieces
+    depends on its text alone.
+    """
+    before = np.zeros((1, 2), np.int64)  # of the pieces of a document that began in a chunk before
+    for path in done:
+        (table,) = read_chunk(path, 'table')
+        sums = before + np.cumsum(table[:, [BYTES, KEY]], axis=0)  # keys wrap around
+        ends = sums[table[:, FLAGS] & ENDS > 0]
+        yield np.diff(ends, axis=0, prepend=0)
+        before = sums[-1:] - (ends[-1:] if len(ends) else 0)
+
+
+def shared_documents(
+    done: dict[str, list[Path]], is_held: NDArray[np.bool_] | None
+) -> dict[str, dict[str, int]]:
+    """How many documents of val and of test are also in the splits before them: {'val': {'train': 3}, ...}.
+
+    is_held: of the documents of 'train', whether they are those of val; None if val has chunks of its own
+    """
+
+    def keys(split: str) -> Iterator[NDArray[np.int64]]:
+        number = 0
+        held = is_held if split in ('train', 'val') else None
+        for rows in document_rows(done['train' if held is not None else split]):
+            wanted = rows[:, 0] > 0  # with text
+            if held is not None:
+                wanted &= held[number : number + len(rows)] == (split == 'val')
+            number += len(rows)
+            yield rows[wanted, 1]
+
+    splits = [split for split in SPLITS if split in done or (split == 'val' and is_held is not None)]
+    found: dict[str, dict[str, int]] = {}
+    for i, split in enumerate(splits[1:], 1):
+        mine, counts = np.unique(np.concatenate([*keys(split), np.zeros(0, np.int64)]), return_counts=True)
+        found[split] = {}
+        for other in splits[:i]:
+            there = np.zeros(len(mine) + 1, bool)  # the last: beyond all of mine
+            for theirs in keys(other):
+                at = np.searchsorted(mine, theirs)
+                there[at[np.append(mine, 0)[at] == theirs]] = True
+            found[split][other] = int(counts[there[:-1]].sum())
+    return found
+
+
+def refuse_training_text(out_dir: Path, entries: dict[str, dict[str, Any]], holdout: Holdout | None) -> None:
+    """CorpusError if all documents of val or of test are in train too."""
+    for split, entry in entries.items():
+        if split != 'train' and entry['documents'] == entry['also_in']['train']:
+            fix = 'remove the repetitions' if split == 'val' and holdout else f'give other --{split}_files'
+            raise CorpusError(
+                f'{out_dir}: all {entry["documents"]:,} document(s) of {split} are in train too, so that a '
+                f'loss on them would tell nothing of new text: {fix}'
+            )
 
 
 # Prepare --------------------------------------------------------------------
@@ -485,14 +560,21 @@ def _prepare(
     if num_proc < 1:
         raise CorpusError(f'--num_proc {num_proc}: at least one process encodes')
     os.environ['TOKENIZERS_PARALLELISM'] = 'true' if num_proc > 1 else 'false'
+    sources_of = {split: [identity(s) for s in sources] for split, sources in splits.items()}
+    for split in set(splits) - {'train'}:
+        if all(source in sources_of['train'] for source in sources_of[split]):
+            raise CorpusError(
+                f'all of --{split}_files are among --files, so that a loss on them would tell nothing of new '
+                f'text: give other --{split}_files'
+            )
     if holdout and all(isinstance(source, TextFile) for source in splits['train']):
         holdout.documents(len(splits['train']))  # files are documents: too few are seen before the work
     tokenizer = None if fitted(name) else load(name)
     wanted = {
-        'format': [FORMAT, CHUNK, PIECE],
+        'format': [FORMAT, CHUNK, PIECE, CHUNK_FORMAT],
         'tokenizer': tokenizer.fingerprint if tokenizer else [name, FIT_BYTES],
         'documents': [begin, end, asdict(holdout) if holdout else None],
-        'splits': {split: [identity(s) for s in sources] for split, sources in splits.items()},
+        'splits': sources_of,
     }
     job = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
@@ -529,11 +611,18 @@ def _prepare(
 
     spec = spec_path, tokenizer.fingerprint
     done = encode_splits(work, splits, spec, text_bytes, num_proc, begin_id, end_id)
-    entries = join_and_hold_out(work, done.pop('train'), holdout) if holdout else {}
+    order, is_held = held_out(done['train'], holdout) if holdout else (None, None)
+    shared = shared_documents(done, is_held)
+    entries: dict[str, dict[str, Any]] = {}
+    if order is not None and is_held is not None:
+        entries = join_and_hold_out(work, done.pop('train'), order, is_held)
     entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
     for split, entry in entries.items():
         if entry['tokens'] == 0 or entry['bytes'] == 0:
             raise CorpusError(f'{out_dir}: the split {split} has no text')
+        if split in shared:
+            entry['also_in'] = shared[split]
+    refuse_training_text(out_dir, entries, holdout)
     meta = {
         'format': FORMAT,
         'tokenizer': {k: v for k, v in tokenizer.spec.items() if k != 'json'},
@@ -609,18 +698,25 @@ def report(out_dir: str | Path, meta: Meta) -> None:
     kind = tokenizer.get('name', tokenizer['kind'])
     print(f'{out_dir}: {kind}, vocabulary {meta["vocab_size"]:,}, {meta["dtype"]}')
     for name, split in meta['splits'].items():
-        ratio = split['bytes'] / split['tokens']
+        documents, size = split.get('documents', 0), split.get('bytes', 0)
         print(
-            f'  {name:5} {split["tokens"]:>14,} tokens {split["documents"]:>11,} documents '
-            f'{split["bytes"]:>15,} bytes of text  {ratio:.3f} bytes per token'
+            f'  {name:5} {split["tokens"]:>14,} tokens {documents:>11,} documents '
+            f'{size:>15,} bytes of text  {size / split["tokens"]:.3f} bytes per token'
         )
+        if split.get('empty'):
+            print(f'        {split["empty"]:,} more documents without text were left out')
+        for other, count in split.get('also_in', {}).items():
+            if count:
+                print(f'        {count:,} of its documents are in {other} too')
 
 
 def command_line() -> str | None:
-    """The command that runs now, as one would type it in the repository; None if it is no prepare.py."""
+    """The command that runs now, as one would type it in the repository; None if it is no prepare.py, or does
+    not fit on a line."""
     script = Path(sys.argv[0]).resolve()
     if script.name != 'prepare.py':
         return None
     shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else str(script)
     words = ['python', shown, *sys.argv[1:]]
-    return subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
+    command = subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
+    return None if LINE.fault(command, '') else command

@@ -52,7 +52,14 @@ Int64s = NDArray[np.int64]
 # What the files of a data set hold
 COUNT = Whole(0)
 SPLIT_SHAPE = Object(
-    {'tokens': Whole(1), 'sha256': SHA256}, optional={'documents': COUNT, 'bytes': COUNT}, closed=True
+    {'tokens': Whole(1), 'sha256': SHA256},
+    optional={
+        'documents': COUNT,  # that have text
+        'empty': COUNT,  # documents without text, which were left out
+        'bytes': COUNT,  # of text
+        'also_in': Table(OneOf(*SPLITS), COUNT),  # how many of its documents are in that split too
+    },
+    closed=True,
 )
 META_SHAPE = Object(
     {

@@ -463,15 +463,17 @@ def test_documents_counts_and_bytes(tmp_path):
             Records(write_jsonl(tmp_path / 'a.jsonl', DOCUMENTS)),
             Records(write_jsonl(tmp_path / 'b.jsonl', ['more'])),
         ],
-        'val': [Records(write_jsonl(tmp_path / 'c.jsonl', DOCUMENTS[::-1]))],
+        'val': [Records(write_jsonl(tmp_path / 'c.jsonl', [*DOCUMENTS[::-1], 'of val alone']))],
         'test': [Records(write_jsonl(tmp_path / 'd.jsonl', ['x', 'y']))],
     }
     meta = prepare(tmp_path / 'set', 'bpe:280', splits, num_proc=1)
     data = open_data(tmp_path / 'set')
-    assert decoded(data, 'train') == [*DOCUMENTS, 'more']
-    assert decoded(data, 'val') == DOCUMENTS[::-1]
+    texts = [text for text in DOCUMENTS if text]
+    assert decoded(data, 'train') == [*texts, 'more']
+    assert decoded(data, 'val') == [*texts[::-1], 'of val alone']
     assert decoded(data, 'test') == ['x', 'y']
-    assert [meta['splits'][s]['documents'] for s in ('train', 'val', 'test')] == [7, 6, 2]
+    assert [meta['splits'][s]['documents'] for s in ('train', 'val', 'test')] == [6, 6, 2]
+    assert [meta['splits'][s]['empty'] for s in ('train', 'val', 'test')] == [1, 1, 0]
     assert meta['splits']['train']['bytes'] == sum(len(d.encode('utf-8')) for d in [*DOCUMENTS, 'more'])
     assert meta['splits']['train']['tokens'] == len(data.splits['train'])
     assert meta['source']['files']['train'][1] == [
@@ -484,12 +486,84 @@ def test_documents_counts_and_bytes(tmp_path):
     assert not (tmp_path / 'set' / '.prepare').exists()
 
 
+def test_documents_without_text_are_left_out(tmp_path, capsys):
+    """They would leave two end-of-text tokens in a row, and one at the start."""
+    rows = [None, '', 'a', None, '', 'b', ' ', None]
+    splits = {
+        'train': [Records(write_jsonl(tmp_path / 'train.jsonl', rows))],
+        'val': [Records(write_jsonl(tmp_path / 'val.jsonl', ['c', None]))],
+    }
+    meta = prepare(tmp_path / 'set', 'bytes', splits, num_proc=1)
+    assert open_data(tmp_path / 'set').splits['train'].tolist() == [97, 256, 98, 256, 32, 256]
+    counts = {s: (entry['documents'], entry['empty']) for s, entry in meta['splits'].items()}
+    assert counts == {'train': (3, 5), 'val': (1, 1)}
+    said = capsys.readouterr().out
+    assert '5 more documents without text were left out' in said
+    assert '1 more documents without text were left out' in said
+    holdout = Holdout(0.3, 18)  # of the eight rows, with text or without
+    meta = prepare(tmp_path / 'held', 'bytes', {'train': splits['train']}, holdout=holdout, num_proc=1)
+    assert [rows[number] for number in holdout.documents(8)] == ['a', ' ', None]
+    assert decoded(open_data(tmp_path / 'held'), 'val') == ['a', ' ']
+    assert decoded(open_data(tmp_path / 'held'), 'train') == ['b']
+    assert [meta['splits'][split]['empty'] for split in ('train', 'val')] == [4, 1]
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_documents_that_splits_share_are_counted(tmp_path, small, monkeypatch, capsys, num_proc):
+    """Whatever pieces and chunks they are in, and however often."""
+    monkeypatch.setattr(corpus, 'SMALL', 0)
+    long, also_long = words(1, 200), words(2, 200)
+    texts = {
+        'train': ['a', 'b', long, 'c', 'c', '', also_long, *(words(i, 9) for i in range(10, 50))],
+        'val': [words(3, 200), 'c', long, '', 'b', 'b', 'd', long + '.'],
+        'test': ['e', 'd', 'f', words(10, 9)],
+    }
+    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', rows))] for s, rows in texts.items()}
+    meta = prepare(tmp_path / 'set', 'bytes', splits, num_proc=num_proc)
+    assert meta['splits']['val']['also_in'] == {'train': 4}  # c, the long one, b and b
+    assert meta['splits']['test']['also_in'] == {'train': 1, 'val': 1}
+    assert 'also_in' not in meta['splits']['train']
+    said = capsys.readouterr().out
+    assert '4 of its documents are in train too' in said
+    assert '1 of its documents are in val too' in said
+    assert open_data(tmp_path / 'set').meta == meta
+
+
+def test_documents_held_out_that_are_in_train_too_are_counted(tmp_path, small):
+    texts = [words(i // 2, 30) for i in range(100)]  # each twice
+    splits = {'train': [Records(write_jsonl(tmp_path / 'a.jsonl', texts))]}
+    holdout = Holdout(0.1, 2)
+    held = {int(number) for number in holdout.documents(100)}
+    both = sum(number ^ 1 in held for number in held)  # with both copies in val
+    meta = prepare(tmp_path / 'set', 'bytes', splits, holdout=holdout, num_proc=1)
+    assert meta['splits']['val']['also_in'] == {'train': 10 - both}
+    assert both == 2
+
+
+def test_validation_that_is_training_text_is_refused(tmp_path, two):
+    copy = tmp_path / 'copy.jsonl'
+    copy.write_bytes(Path(two['train'][0].path).read_bytes())
+    more = [*two['train'], Records(write_jsonl(tmp_path / 'b.jsonl', ['b']))]
+    for split in ('val', 'test'):
+        with pytest.raises(CorpusError, match=f'all of --{split}_files are among --files'):
+            prepare(tmp_path / 'set', 'bytes', {**two, 'train': more, split: two['train']}, num_proc=1)
+        assert not list((tmp_path / 'set').rglob('*.npz'))  # seen before the work
+    for split in ('val', 'test'):
+        with pytest.raises(CorpusError, match=rf'all 9 document\(s\) of {split} are in train too'):
+            prepare(tmp_path / 'set', 'bytes', {**two, split: [Records(str(copy))]}, num_proc=1)
+        assert not (tmp_path / 'set' / 'meta.json').exists()
+    texts = Records(write_jsonl(tmp_path / 'same.jsonl', ['a', 'b'] * 50))
+    with pytest.raises(CorpusError, match=r'all 10 document.* of val are in train too.*remove the rep'):
+        prepare(tmp_path / 'held', 'bytes', {'train': [texts]}, holdout=Holdout(0.1, 4), num_proc=1)
+
+
 def test_beginning_and_end_of_documents(tmp_path, small):
     text = words(5, 60)
-    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [text, '', 'b']))] for s in ('train', 'val')}
+    last = {'train': 'b', 'val': 'c'}
+    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [text, '', b]))] for s, b in last.items()}
     for begin, end, wanted in (
-        (True, True, '{0}{1}{0}{0}{0}{0}{2}{0}'),
-        (False, True, '{1}{0}{0}{2}{0}'),
+        (True, True, '{0}{1}{0}{0}{2}{0}'),
+        (False, True, '{1}{0}{2}{0}'),
         (False, False, '{1}{2}'),
     ):
         prepare(tmp_path / 'set', 'bytes', splits, begin=begin, end=end, num_proc=1)
@@ -500,16 +574,19 @@ def test_beginning_and_end_of_documents(tmp_path, small):
 def test_any_bytes_with_the_bytes_tokenizer(tmp_path):
     content = bytes(range(256)) * 40
     (tmp_path / 'a.bin').write_bytes(content)
-    source = file_source(str(tmp_path / 'a.bin'), raw=True)
-    prepare(tmp_path / 'set', 'bytes', {'train': [source], 'val': [source]}, end=False, num_proc=1)
+    (tmp_path / 'b.bin').write_bytes(content[::-1])
+    one, other = (file_source(str(tmp_path / f'{name}.bin'), raw=True) for name in 'ab')
+    splits = {'train': [one], 'val': [other]}
+    prepare(tmp_path / 'set', 'bytes', splits, end=False, num_proc=1)
     assert open_data(tmp_path / 'set').splits['train'].astype(np.uint8).tobytes() == content
 
 
 def test_a_large_vocabulary_is_written_as_uint32(tmp_path):
     characters = [chr(i) for i in range(0x4E00, 0x4E00 + 70000) if not 0xD800 <= i < 0xE000]
-    (tmp_path / 'a.txt').write_text(''.join(characters), encoding='utf-8')
-    source = TextFile(str(tmp_path / 'a.txt'))
-    meta = prepare(tmp_path / 'set', 'chars', {'train': [source], 'val': [source]}, num_proc=1)
+    for split, text in (('train', characters), ('val', characters[60000:])):
+        (tmp_path / f'{split}.txt').write_text(''.join(text), encoding='utf-8')
+    splits = {split: [TextFile(str(tmp_path / f'{split}.txt'))] for split in ('train', 'val')}
+    meta = prepare(tmp_path / 'set', 'chars', splits, num_proc=1)
     assert (meta['dtype'], meta['vocab_size']) == ('uint32', len(characters))
     data = open_data(tmp_path / 'set')
     assert data.splits['train'].dtype == np.uint32
@@ -518,7 +595,8 @@ def test_a_large_vocabulary_is_written_as_uint32(tmp_path):
 
 def test_gpt2_tokens_are_those_of_the_documents(tmp_path, gpt2, small):
     texts = [words(i, 40) for i in range(20)]
-    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', texts))] for s in ('train', 'val')}
+    splits = {'train': [Records(write_jsonl(tmp_path / 'train.jsonl', texts))]}
+    splits['val'] = [Records(write_jsonl(tmp_path / 'val.jsonl', [words(99, 40)]))]
     prepare(tmp_path / 'set', 'gpt2', splits, num_proc=1)
     expected = [i for text in texts for i in [*Tiktoken('gpt2').encode(text), 50256]]
     assert open_data(tmp_path / 'set').splits['train'].tolist() == expected
@@ -564,8 +642,8 @@ def test_a_bpe_does_not_see_what_is_held_out(tmp_path):
 
 def test_the_same_files_however_many_processes(tmp_path, monkeypatch, small):
     monkeypatch.setattr(corpus, 'SMALL', 0)
-    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(i, 30) for i in range(n)]))]
-              for s, n in (('train', 60), ('val', 10))}  # fmt: skip
+    splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(i, 30) for i in seeds]))]
+              for s, seeds in (('train', range(60)), ('val', range(60, 70)))}  # fmt: skip
     metas = [prepare(tmp_path / str(n), 'bpe:300', splits, num_proc=n) for n in (1, 2, 3)]
     for meta in metas[1:]:
         assert meta == metas[0]
@@ -575,8 +653,8 @@ def test_the_same_files_however_many_processes(tmp_path, monkeypatch, small):
 
 def test_chunks_do_not_change_the_files(tmp_path, monkeypatch):
     splits = {s: [TextFile(str(tmp_path / f'{s}.txt'))] for s in ('train', 'val')}
-    for split in splits:
-        (tmp_path / f'{split}.txt').write_text(words(8, 3000), encoding='utf-8')
+    for seed, split in enumerate(splits):
+        (tmp_path / f'{split}.txt').write_text(words(seed, 3000), encoding='utf-8')
     metas = []
     for size in (1 << 22, 500):
         monkeypatch.setattr(corpus, 'CHUNK', size)
@@ -666,8 +744,8 @@ def drive(folder, root, fault='', num_proc=1, holdout=False, **options):
 def reference(tmp_path_factory, root):
     """What a run that was never killed makes, with and without documents held out."""
     folder = tmp_path_factory.mktemp('reference')
-    for split, count in (('train', 40), ('val', 8)):
-        write_jsonl(folder / f'{split}.jsonl', [words(i, 30) for i in range(count)])
+    for split, seeds in (('train', range(40)), ('val', range(40, 48))):
+        write_jsonl(folder / f'{split}.jsonl', [words(seed, 30) for seed in seeds])
     made = {}
     for holdout in (False, True):
         shutil.rmtree(folder / 'set', ignore_errors=True)
@@ -772,8 +850,8 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, root, referen
 @pytest.fixture
 def two(tmp_path):
     return {
-        s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(i, 30) for i in range(9)]))]
-        for s in ('train', 'val')
+        s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(first + i, 30) for i in range(9)]))]
+        for s, first in (('train', 0), ('val', 9))
     }
 
 
@@ -887,9 +965,11 @@ def test_wrong_settings(tmp_path, two, tokenizer, num_proc, wanted):
 def test_a_split_without_text_is_refused(tmp_path, two):
     empty = [TextFile(str(tmp_path / 'empty.txt'))]
     (tmp_path / 'empty.txt').write_bytes(b'')
+    nulls = [Records(write_jsonl(tmp_path / 'nulls.jsonl', [None, '', None]))]
     for end in (False, True):
-        with pytest.raises(CorpusError, match='split val has no text'):
-            prepare(tmp_path / 'set', 'bytes', {**two, 'val': empty}, end=end, num_proc=1)
+        for source in (empty, nulls):
+            with pytest.raises(CorpusError, match='split val has no text'):
+                prepare(tmp_path / 'set', 'bytes', {**two, 'val': source}, end=end, num_proc=1)
     with pytest.raises(CorpusError, match='no text for validation: give --val_files'):
         prepare(tmp_path / 'set', 'bytes', {'train': two['train'], 'test': two['train']}, num_proc=1)
 

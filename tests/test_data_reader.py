@@ -250,7 +250,8 @@ def test_the_vocabulary_given_must_agree(folder):
 
 def test_a_changed_tokenizer_is_seen(tmp_path):
     for name in ('train', 'val'):
-        (tmp_path / f'{name}.txt').write_text('some words to learn from ' * 40, encoding='utf-8')
+        text = f'{name}: ' + 'some words to learn from ' * 40
+        (tmp_path / f'{name}.txt').write_text(text, encoding='utf-8')
     splits = {name: [TextFile(str(tmp_path / f'{name}.txt'))] for name in ('train', 'val')}
     prepare(tmp_path / 'set', 'bpe:280', splits, num_proc=1)
     path = tmp_path / 'set' / 'tokenizer.json'

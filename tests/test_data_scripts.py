@@ -354,7 +354,7 @@ def test_stdlib_without_sources_is_one_line(root, tmp_path):
 
 def test_stdlib_on_files(root, tmp_path):
     for name in ('train', 'val'):
-        (tmp_path / f'{name}.py').write_text(TEXT * 50, encoding='utf-8')
+        (tmp_path / f'{name}.py').write_text(TEXT * 50 + name, encoding='utf-8')
     flags = [
         '--files',
         tmp_path / 'train.py',
@@ -364,7 +364,7 @@ def test_stdlib_on_files(root, tmp_path):
         tmp_path / 'set',
     ]
     run(root, 'stdlib/prepare.py', *flags)
-    assert decoded(tmp_path / 'set', 'val') == TEXT * 50 + '<|endoftext|>'
+    assert decoded(tmp_path / 'set', 'val') == TEXT * 50 + 'val<|endoftext|>'
     assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=2)[1]
 
 
@@ -443,8 +443,8 @@ def test_a_download_is_checked(tmp_path):
 
 
 def test_peek(root, tmp_path):
-    for name in ('train', 'val'):
-        (tmp_path / f'{name}.txt').write_text('abca' * 100, encoding='utf-8')
+    for name, text in (('train', 'abca'), ('val', 'cbaa')):
+        (tmp_path / f'{name}.txt').write_text(text * 100, encoding='utf-8')
     flags = [
         '--files',
         tmp_path / 'train.txt',
