@@ -119,17 +119,22 @@ def open_seekable(path: str) -> IO[bytes]:
 
 
 def members(path: str) -> list[str]:
-    """The names of the files in a .zip, without folders and what macOS adds."""
+    """The names of the files in a .zip, without folders, hidden files and what macOS adds."""
     with zipfile.ZipFile(path) as archive:
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    return sorted(name for name in names if not name.startswith('__MACOSX/'))
+        return file_names(archive)
+
+
+def file_names(archive: zipfile.ZipFile) -> list[str]:
+    """As `members`."""
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    shown = [name for name in names if not any(part.startswith('.') for part in name.split('/'))]
+    return sorted(name for name in shown if not name.startswith('__MACOSX/'))
 
 
 def open_only_member(file: IO[bytes], path: str) -> IO[bytes]:
     """The file inside a .zip that holds one."""
     archive = zipfile.ZipFile(file)
-    names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    names = [name for name in names if not name.startswith('__MACOSX/')]
+    names = file_names(archive)
     if len(names) != 1:
         raise CorpusError(f'{path} holds {len(names)} files, not one: unpack it and give the folder')
     return archive.open(names[0])

@@ -7,13 +7,16 @@ from typing import Any, NoReturn
 
 from data.corpus import Holdout, prepare
 from data.files import CorpusError, text_size
-from data.sources import Splits, TextFile, download, file_source, hub_sources, paths
+from data.sources import Splits, TextFile, download, file_source, hub_sources, paths, template_parts
 
 TINY_SHAKESPEARE = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
     'data/tinyshakespeare/input.txt',
     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
 )
+
+
+# Options ---------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,21 +57,40 @@ def fraction(text: str) -> float:
     return value
 
 
+def template(text: str) -> str:
+    """The type of an option that makes the text of a document of the fields of its row."""
+    text = text.replace('\\n', '\n')
+    if not any(name is not None for _, name in template_parts(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} names no field; write {{name}} where its text belongs')
+    return text
+
+
+def field(text: str) -> str:
+    """The type of an option that is the one field which holds the text: the template of it."""
+    if not text or set(text) & set('{}:!'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not the name of a field')
+    return f'{{{text}}}'
+
+
 def options(
-    script: str,
+    out_dir: Path | None,
     description: str | None,
     tokenizer: str,
     hub: tuple[str, str | None] | None = None,
     val_fraction: float | None = None,
 ) -> Parser:
-    """The options of the prepare.py at `script`.
+    """The options of a prepare.py.
 
+    - out_dir: the usual folder of the token files; None for a script without text of its own, which needs
+      --out_dir and --files
     - hub: (repository, revision or None for the newest), for a script that reads from the Hugging Face Hub
     - val_fraction: for a script that holds documents out
     """
     parser = Parser(description)
     add = parser.add_argument
-    add('--out_dir', default=str(Path(script).resolve().parent), help='folder of the token files')
+    needed = out_dir is None
+    usual = '' if needed else f' ({out_dir})'
+    add('--out_dir', required=needed, default=out_dir, help=f'folder of the token files{usual}')
     add(
         '--tokenizer',
         default=tokenizer,
@@ -76,67 +98,77 @@ def options(
     )
     add('--num_proc', type=whole(1), help='processes that encode (one per core)')
     files: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'metavar': 'FILE'}
-    text = 'text files, .jsonl or .parquet (also .gz .xz .bz2 .zst .zip), folders or patterns'
-    add('--files', **files, help=f'{text}, in place of the usual source')
+    text = 'text files, .jsonl, .json or .parquet (also .gz .xz .bz2 .zst .zip), folders or patterns'
+    add('--files', required=needed, **files, help=text + ('' if needed else ', in place of the usual source'))
     add('--val_files', **files, help='the same for validation (if left out: a part of --files)')
     add('--test_files', **files, help='the same for a test split')
     if hub:
         add('--repo', default=hub[0], help=f'dataset on the Hugging Face Hub ({hub[0]})')
         add('--revision', default=hub[1], help=f'its branch, tag or commit ({hub[1] or "main"})')
     if val_fraction:
-        held = f'part of the documents that is held out without validation files ({val_fraction})'
+        held = f'part that is held out where there are no validation files ({val_fraction})'
         add('--val_fraction', type=fraction, default=val_fraction, help=held)
         add('--split_seed', type=whole(0), default=2357, help='which documents are held out (2357)')
     return parser
 
 
-def local_splits(args: argparse.Namespace, template: str = '{text}') -> Splits | None:
-    """The sources that --files, --val_files and --test_files name, or None if none is given."""
+def add_field(parser: Parser) -> None:
+    """Add --field, whose value becomes the template of a row's text."""
+    parser.add_argument(
+        '--field', type=field, default='text', help='field of a row that holds its text (text)'
+    )
+
+
+# Sources --------------------------------------------------------------------
+
+
+def local_splits(args: argparse.Namespace, template: str = '{text}') -> Splits:
+    """The sources that --files, --val_files and --test_files name; {} if none is given."""
     given = {'train': args.files, 'val': args.val_files, 'test': args.test_files}
     given = {split: files for split, files in given.items() if files}
     if given and 'train' not in given:
         raise CorpusError('--val_files and --test_files go with --files, which is missing')
     raw = args.tokenizer == 'bytes'
-    splits = {s: [file_source(path, template, raw) for path in paths(files)] for s, files in given.items()}
-    return splits or None
+    return {s: [file_source(path, template, raw) for path in paths(files)] for s, files in given.items()}
 
 
 def local_or_hub_splits(
-    args: argparse.Namespace, config: str | None = None, template: str = '{text}'
+    args: argparse.Namespace, template: str = '{text}', config: str | None = None
 ) -> tuple[Splits, dict[str, str] | None]:
     """The local files if they are given, else those of the Hub; and the origin for `prepare`."""
     splits = local_splits(args, template)
     return (splits, None) if splits else hub_sources(args.repo, args.revision, config, template)
 
 
+def parts_of_text(path: str, ends: dict[str, int], raw: bool) -> Splits:
+    """The parts of one text file. ends: {split: the byte at which it ends}, moved to whole characters unless
+    the bytes are taken as they are."""
+    starts = [0, *ends.values()]
+    return {split: [TextFile(path, a, b, raw)] for (split, b), a in zip(ends.items(), starts, strict=False)}
+
+
+# Preparing ------------------------------------------------------------------
+
+
 def prepare_documents(
-    args: argparse.Namespace, template: str, begin: bool = False, config: str | None = None
+    args: argparse.Namespace, splits: Splits, origin: dict[str, str] | None = None, begin: bool = False
 ) -> None:
-    """Prepare documents (rows, or whole text files) from the Hub or from --files; some are held out."""
-    splits, origin = local_or_hub_splits(args, config, template)
+    """Prepare documents: rows, or whole text files. Without a split val, some of them are held out for it."""
     holdout = None if 'val' in splits else Holdout(args.val_fraction, args.split_seed)
     prepare(
         args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, num_proc=args.num_proc
     )
 
 
-def prepare_one_text(
-    script: str,
-    argv: list[str],
-    description: str | None,
-    tokenizer: str,
-    original: tuple[str, str],
-    ends: dict[str, int],
-) -> None:
+def prepare_one_text(args: argparse.Namespace, original: tuple[str, str], percents: dict[str, int]) -> None:
     """Prepare one text divided by position: the `original` (its URL and SHA-256), or the one of --files.
 
-    ends: {split: percent of the bytes at which it ends}
+    percents: {split: percent of the bytes at which it ends}
     """
-    args = options(script, description, tokenizer).parse_args(argv)
-    splits, origin = None, None
+    splits, origin = {}, None
     if args.val_files or args.test_files:
         splits = local_splits(args)
-    if splits is None:
+    else:
         if args.files:
             found = paths(args.files)
         else:
@@ -145,17 +177,9 @@ def prepare_one_text(
         raw = args.tokenizer == 'bytes'
         if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
             raise CorpusError(
-                f'one text file is divided by position, not {len(found)} files or records: give --val_files '
-                'too'
+                f'one text file is divided by position, not {len(found)} files or rows: give --val_files '
+                'too, or use data/prepare.py, which holds documents out'
             )
-        splits = divided(found[0], ends, raw)
+        size = text_size(found[0])
+        splits = parts_of_text(found[0], {s: size * percent // 100 for s, percent in percents.items()}, raw)
     prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
-
-
-def divided(path: str, ends: dict[str, int], raw: bool) -> Splits:
-    """The parts of one text file. ends: {split: percent of the bytes at which it ends}, moved to whole
-    characters unless the bytes are taken as they are."""
-    size = text_size(path)
-    stops = [size * percent // 100 for percent in ends.values()]
-    starts = [0, *stops[:-1]]
-    return {s: [TextFile(path, a, b, raw)] for s, a, b in zip(ends, starts, stops, strict=True)}

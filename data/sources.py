@@ -27,6 +27,7 @@ from data.files import (
     COMPRESSED,
     CorpusError,
     archive_and_member,
+    members,
     named,
     one_line,
     open_bytes,
@@ -57,7 +58,8 @@ TEXT = (
     '.go',
     '.js',
 )
-NOT_TEXT = ('.csv', '.tsv', '.arrow', '.feather', '.pdf', '.docx', '.tar', '.pkl', '.npy', '.npz', '.bin')
+ARCHIVES = ('.tar', '.tgz', '.7z', '.rar')
+NOT_TEXT = ('.csv', '.tsv', '.arrow', '.feather', '.pdf', '.docx', '.pkl', '.npy', '.npz', '.bin')
 Piece = tuple[bytes, int]  # UTF-8 text, flags
 BOUNDARY = re.compile(r'[^\W_](?=[ \n])')
 
@@ -211,7 +213,8 @@ class Records:
             yield from document([text])
 
     def texts(self) -> Iterator[str]:
-        fields = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        parts = template_parts(self.template)
+        fields = [name for _, name in parts if name is not None]
         rows: Callable[[str, list[str]], Iterator[tuple[str, Any]]]
         rows = parquet_rows if suffixes(self.path)[0] == '.parquet' else json_rows
         for where, row in rows(self.path, fields):
@@ -224,7 +227,20 @@ class Records:
                     )
                 if not isinstance(row[name], str | None):
                     raise CorpusError(f'{where}: field {name!r} is not text but {type(row[name]).__name__}')
-            yield self.template.format_map({name: row[name] or '' for name in fields})
+            yield ''.join(before + (row[name] or '' if name else '') for before, name in parts)
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """The parts of a template such as '{question} {answer}': the text before each field, and its name; None
+    after the last."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise CorpusError(f'template {template!r}: {error}; write {{{{ and }}}} for braces') from error
+    for _, name, spec, conversion in parts:
+        if name == '' or spec or conversion:
+            raise CorpusError(f'template {template!r}: write {{name}}, with the name of a field')
+    return [(before, name) for before, name, _, _ in parts]
 
 
 def json_rows(path: str, fields: list[str]) -> Iterator[tuple[str, Any]]:
@@ -317,16 +333,13 @@ def paths(given: Iterable[str | Path]) -> list[str]:
     of each in order."""
     found: list[str] = []
     for name in map(str, given):
-        if '://' in name or Path(name).is_file():
+        if '://' in name:
             found.append(name)
+        elif Path(name).is_file():
+            found += in_archive(name) if suffixes(name)[1] == '.zip' else [name]
         elif Path(name).is_dir():
             below = sorted(p for p in Path(name).rglob('*') if p.is_file() and not passed_over(p, Path(name)))
-            usable = [str(p) for p in below if suffixes(p)[0] in (*TEXT, *RECORDS)]
-            if len(usable) < len(below):
-                print(
-                    f'{name}: {len(below) - len(usable)} of {len(below)} files are neither text nor records'
-                )
-            found += usable
+            found += only_text(name, [str(path) for path in below])
         elif has_magic(name):
             found += sorted(p for p in glob(name, recursive=True) if Path(p).is_file())
         else:
@@ -334,6 +347,26 @@ def paths(given: Iterable[str | Path]) -> list[str]:
     if not found:
         raise CorpusError(f'no text in {", ".join(map(str, given))}')
     return found
+
+
+def in_archive(path: str) -> list[str]:
+    """The files in a .zip, as if it were a folder. One that holds a single file may tell its format by its
+    own name (rows.jsonl.zip), and then stands for that file."""
+    with named(path):
+        inside = members(path)
+    alone = len(inside) == 1
+    if alone and (suffixes(path)[0] in (*TEXT, *RECORDS) or not suffixes(inside[0])[0]):
+        return [path]
+    names = [f'{path}/{name}' for name in inside]
+    return names if alone else only_text(path, names)
+
+
+def only_text(where: str, names: list[str]) -> list[str]:
+    """Those of the files that are text or records; how many are not is told."""
+    usable = [name for name in names if suffixes(name)[0] in (*TEXT, *RECORDS)]
+    if len(usable) < len(names):
+        print(f'{where}: {len(names) - len(usable)} of {len(names)} files are neither text nor records')
+    return usable
 
 
 def passed_over(path: Path, folder: Path) -> bool:
@@ -346,6 +379,8 @@ def passed_over(path: Path, folder: Path) -> bool:
 def file_source(path: str, template: str = '{text}', raw: bool = False) -> Source:
     """The source that reads a file: rows if its suffix is one of records, else text."""
     kind = suffixes(path)[0]
+    if kind in ARCHIVES and not raw:
+        raise CorpusError(f'{path}: {kind} is not read here; unpack it and give the folder')
     if kind in NOT_TEXT and not raw:
         raise CorpusError(f'{path}: {kind} is not read here; convert it to .jsonl, .parquet or plain text')
     return Records(path, template) if kind in RECORDS else TextFile(path, raw=raw)

@@ -212,7 +212,7 @@ def _how_to_make(folder: Path, meta: Meta) -> str:
         return f'run {meta["command"]}'
     if (folder / 'prepare.py').is_file():
         return f'run python {folder / "prepare.py"}'
-    return f'make it with one of data/*/prepare.py --out_dir {folder}'
+    return f'make it with python data/prepare.py --files YOUR_TEXT --out_dir {folder}'
 
 
 def _read_meta(folder: Path, vocab_size: int | None) -> Meta:

@@ -154,6 +154,15 @@ def test_a_template_makes_the_text_and_null_is_empty(tmp_path):
     assert documents_of(Records(str(tmp_path / 'a.jsonl'), '{q}\n{a}')) == ['why {x}?\nbecause', '\nso']
 
 
+def test_names_of_fields_may_hold_anything_but_braces(tmp_path):
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'a.b[0]': 'x', 'my text': 'y'}), encoding='utf-8')
+    assert documents_of(Records(str(tmp_path / 'a.jsonl'), '{{{my text}}} {a.b[0]}')) == ['{y} x']
+    for bad in ('{', '{}', '{a!r}', '{a:>9}'):
+        with pytest.raises(CorpusError, match=r'^template') as error:
+            list(Records(str(tmp_path / 'a.jsonl'), bad).texts())
+        assert '\n' not in str(error.value)
+
+
 def test_joined_rows_are_one_document(tmp_path):
     parts = [
         Records(write_jsonl(tmp_path / f'{i}.jsonl', ['= A =\n', '', f' text {i}.\n'])) for i in range(2)
@@ -398,6 +407,33 @@ def test_where_a_wrong_byte_is_in_a_long_text(tmp_path, small):
     (tmp_path / 'a.txt').write_bytes(content + b'\xff' + content)
     with pytest.raises(CorpusError, match=re.escape(f'byte 0xff at {len(content):,};')):
         list(TextFile(str(tmp_path / 'a.txt')).pieces())
+
+
+def test_a_zip_is_a_folder(tmp_path, capsys):
+    def archive(name, *inside):
+        with zipfile.ZipFile(tmp_path / name, 'w') as file:
+            for path in inside:
+                file.writestr(path, '' if path.endswith('/') else json.dumps({'text': f'of {path}'}))
+        return paths([tmp_path / name])
+
+    here = str(tmp_path)
+    assert archive('a.zip', 'notes/', 'notes/b.txt', 'a.jsonl', '.hidden.txt', 'x.png') == [
+        f'{here}/a.zip/a.jsonl',
+        f'{here}/a.zip/notes/b.txt',
+    ]
+    assert '1 of 3 files are neither' in capsys.readouterr().out
+    one, two = (file_source(path) for path in paths([tmp_path / 'a.zip']))
+    assert documents_of(one) == ['of a.jsonl']
+    assert documents_of(two) == ['{"text": "of notes/b.txt"}']
+    size, time_ns = sources.identity(one)[2]
+    assert (size, time_ns) == ((tmp_path / 'a.zip').stat().st_size, (tmp_path / 'a.zip').stat().st_mtime_ns)
+    assert sources.stored_files([one, two]) == [[one.path, 22], [two.path, 26]]
+    # of a single file the archive's name may tell the format
+    assert archive('rows.jsonl.zip', 'inside') == [f'{here}/rows.jsonl.zip']
+    assert archive('enwik8.zip', 'enwik8') == [f'{here}/enwik8.zip']
+    assert archive('b.zip', 'rows.jsonl') == [f'{here}/b.zip/rows.jsonl']
+    with pytest.raises(CorpusError, match='no text in'):
+        archive('c.zip')
 
 
 def test_a_zip_is_one_file(tmp_path):

@@ -1,8 +1,10 @@
 """Every prepare.py run as a user runs it, on a small file in its original form, and the tools beside them."""
 
+import bz2
 import gzip
 import importlib.util
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from data.files import CorpusError
 from data.scripts import options
@@ -71,7 +74,9 @@ def write_parquet(path, texts):
     return path
 
 
-@pytest.mark.parametrize('name', [f'{name}/prepare.py' for name in SCRIPTS] + ['peek.py', 'bench_encode.py'])
+@pytest.mark.parametrize(
+    'name', [f'{name}/prepare.py' for name in SCRIPTS] + ['prepare.py', 'peek.py', 'bench_encode.py']
+)
 def test_help(root, name):
     assert '--help' in run(root, name, '--help')[0]
 
@@ -83,7 +88,7 @@ def test_no_script_is_left_out(root):
 
 
 def test_every_option_takes_its_value_both_ways():
-    parser = options('data/x/prepare.py', '', 'gpt2', hub=('owner/name', None), val_fraction=0.1)
+    parser = options(Path('data/x'), '', 'gpt2', hub=('owner/name', None), val_fraction=0.1)
     names = [action.option_strings[0] for action in parser._actions if action.dest != 'help']
     assert len(names) == 10
     for name in names:
@@ -106,7 +111,7 @@ def test_every_option_takes_its_value_both_ways():
     ],
 )
 def test_an_option_that_cannot_be_used_is_one_line(arguments, wanted):
-    parser = options('data/x/prepare.py', '', 'gpt2', val_fraction=0.1)
+    parser = options(Path('data/x'), '', 'gpt2', val_fraction=0.1)
     with pytest.raises(CorpusError, match=re.escape(wanted)) as error:
         parser.parse_args(arguments)
     assert '\n' not in str(error.value)
@@ -190,6 +195,75 @@ def test_openwebtext_with_a_bpe_of_its_own(root, tmp_path):
     data = open_data(out)
     assert data.vocab_size <= 300
     assert data.meta['splits']['val']['documents'] == 4
+
+
+COMPRESS = {
+    'gz': gzip.compress,
+    'xz': lzma.compress,
+    'bz2': bz2.compress,
+    'zst': zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize('form', ['jsonl', *COMPRESS, 'json', 'parquet', 'zip', 'folder', 'files'])
+def test_own_text_in_every_form(root, tmp_path, form):
+    """Ten documents, one of which is held out."""
+    texts = [f'{TEXT} {i}' for i in range(10)]
+    files = [tmp_path / (f'rows.jsonl.{form}' if form in COMPRESS else f'rows.{form}')]
+    rows = [{'text': text, 'number': i} for i, text in enumerate(texts)]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    if form == 'parquet':
+        write_parquet(files[0], texts)
+    elif form in ('zip', 'folder', 'files'):
+        files = [tmp_path / 'texts' / f'{i}.txt' for i in range(10)]
+        for path, text in zip(files, texts, strict=True):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding='utf-8')
+        if form == 'zip':
+            with zipfile.ZipFile(tmp_path / 'texts.zip', 'w') as archive:
+                archive.writestr('__MACOSX/._0.txt', b'\xff')
+                archive.writestr('picture.png', b'\xff')
+                for path in files:
+                    archive.write(path, f'inside/{path.name}')
+        files = {'zip': [tmp_path / 'texts.zip'], 'folder': [tmp_path / 'texts'], 'files': files}[form]
+    else:
+        content = (json.dumps(rows, indent=1) if form == 'json' else lines).encode('utf-8')
+        files[0].write_bytes(COMPRESS[form](content) if form in COMPRESS else content)
+    flags = ['--tokenizer', 'bytes', '--val_fraction', 0.1, '--num_proc', 1, f'--out_dir={tmp_path / "set"}']
+    shown, _ = run(root, 'prepare.py', '--files', *files, *flags)
+    assert ('1 of 11 files are neither text nor records' in shown) == (form == 'zip')
+    meta = open_data(tmp_path / 'set').meta
+    assert [meta['splits'][split]['documents'] for split in ('train', 'val')] == [9, 1]
+    assert meta['command'].startswith('python data/prepare.py --files')
+    held = int(np.random.default_rng(2357).permutation(10)[0])
+    assert decoded(tmp_path / 'set', 'val') == texts[held] + '<|endoftext|>'
+    assert decoded(tmp_path / 'set', 'train') == ''.join(
+        text + '<|endoftext|>' for text in texts if text != texts[held]
+    )
+
+
+@pytest.mark.parametrize('tokenizer', ['bpe:270', 'bytes', 'chars'])
+def test_one_own_text_is_divided_by_position(root, tmp_path, tokenizer):
+    text = ''.join(f'{i} {TEXT}' for i in range(20))
+    (tmp_path / 'book.txt').write_text('\ufeff' + text, encoding='utf-8')
+    out = tmp_path / 'set'
+    run(root, 'prepare.py', f'--files={tmp_path / "book.txt"}', '--tokenizer', tokenizer, '--out_dir', out)
+    found = [decoded(out, split) for split in ('train', 'val')]
+    assert ''.join(found).removeprefix('\ufeff') == text
+    assert 0.04 < len(found[1]) / len(text) < 0.06
+
+
+def test_own_text_with_validation_text_of_its_own(root, tmp_path):
+    for name in ('a', 'b', 'c'):
+        (tmp_path / f'{name}.txt').write_text(f'{TEXT} {name}', encoding='utf-8')
+    rows = write_jsonl(tmp_path / 'rows.jsonl', [{'my text': 'd', 'text': 7}])
+    flags = [f'--files={tmp_path / "a.txt"}', f'--files={rows}', f'--val_files={tmp_path / "b.txt"}']
+    flags += [f'--test_files={tmp_path / "c.txt"}', '--field=my text', '--tokenizer=bytes']
+    run(root, 'prepare.py', *flags, f'--out_dir={tmp_path / "set"}')
+    found = [decoded(tmp_path / 'set', split) for split in ('train', 'val', 'test')]
+    assert found == [
+        f'{TEXT} a<|endoftext|>d<|endoftext|>', f'{TEXT} b<|endoftext|>', f'{TEXT} c<|endoftext|>',
+    ]  # fmt: skip
 
 
 def test_an_unfinished_preparation_names_its_command(root, tmp_path):
@@ -368,6 +442,9 @@ def test_stdlib_on_files(root, tmp_path):
     assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=2)[1]
 
 
+OWN_ROWS = ['prepare.py', '--tokenizer=bytes', '--val_fraction=0.05', '--files', '{here}/rows.jsonl']
+
+
 @pytest.mark.parametrize(
     ('arguments', 'wanted'),
     [
@@ -389,12 +466,32 @@ def test_stdlib_on_files(root, tmp_path):
             "no encoding 'gpt22'",
         ),
         (['openwebtext/prepare.py', '--files', '{here}/a.csv'], '.csv is not read here'),
+        (
+            ['prepare.py', '--files', '{here}/a.txt', '--tokenizer=bytes'],
+            '4 bytes of text, of which 0 are for validation',
+        ),
+        (['prepare.py', '--files', '{here}/none'], 'none does not exist'),
+        (['prepare.py', '--files', '{here}/*.txt.xz'], 'no text in'),
+        (['prepare.py', '--files', '{here}/pictures.zip'], 'no text in'),
+        (['prepare.py', '--files', '{here}/broken.zip'], 'broken.zip cannot be read: BadZipFile'),
+        (['prepare.py', '--files', '{here}/a.tar.gz'], '.tar is not read here; unpack it'),
+        ([*OWN_ROWS], "rows.jsonl, line 1 has no field 'text', only a.b"),
+        ([*OWN_ROWS, '--field='], "--field: '' is not the name of a field"),
+        ([*OWN_ROWS, '--field', '{{a'], "'{a' is not the name of a field"),
+        (['russian_instructions/prepare.py', '--template', '{{'], "template '{': "),
+        (['russian_instructions/prepare.py', '--template', 'a'], "'a' names no field"),
         (['peek.py', '{here}'], 'meta.json is missing'),
     ],
 )
 def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
     for name in ('a.txt', 'a.csv'):
         (tmp_path / name).write_text('text', encoding='utf-8')
+    (tmp_path / 'a.tar.gz').write_bytes(b'')
+    (tmp_path / 'broken.zip').write_bytes(b'PK')
+    write_jsonl(tmp_path / 'rows.jsonl', [{'a.b': TEXT}])
+    with zipfile.ZipFile(tmp_path / 'pictures.zip', 'w') as archive:
+        archive.writestr('a.png', '')
+        archive.writestr('b.png', '')
     (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'text ' * 1000)[:-20])
     arguments = [a.format(here=tmp_path) for a in arguments]
     if arguments[0] != 'peek.py':

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
-from data.scripts import prepare_one_text
+from data.scripts import options, prepare_one_text
 
 # the SHA-256 is that of the 10^8 bytes inside
 ENWIK8 = (
@@ -21,8 +21,8 @@ ENWIK8 = (
 
 
 def main(argv: list[str]) -> int:
-    ends = {'train': 90, 'val': 95, 'test': 100}
-    prepare_one_text(__file__, argv, __doc__, 'bytes', ENWIK8, ends)
+    args = options(Path(__file__).parent, __doc__, tokenizer='bytes').parse_args(argv)
+    prepare_one_text(args, ENWIK8, {'train': 90, 'val': 95, 'test': 100})
     return 0
 
 

@@ -12,17 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
-from data.scripts import options, prepare_documents
+from data.scripts import add_field, local_or_hub_splits, options, prepare_documents
 
 # plain_text/train-*-of-00080.parquet: 8,013,769 documents
 HUB = ('Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c')
 
 
 def main(argv: list[str]) -> int:
-    parser = options(__file__, __doc__, tokenizer='gpt2', hub=HUB, val_fraction=0.0005)
-    parser.add_argument('--field', default='text', help='field of a record that holds the text (text)')
+    parser = options(Path(__file__).parent, __doc__, tokenizer='gpt2', hub=HUB, val_fraction=0.0005)
+    add_field(parser)
     args = parser.parse_args(argv)
-    prepare_documents(args, f'{{{args.field}}}')
+    splits, origin = local_or_hub_splits(args, args.field)
+    prepare_documents(args, splits, origin)
     return 0
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
-from data.scripts import TINY_SHAKESPEARE, prepare_one_text
+from data.scripts import TINY_SHAKESPEARE, options, prepare_one_text
 
 
 def main(argv: list[str]) -> int:
-    ends = {'train': 90, 'val': 100}
-    prepare_one_text(__file__, argv, __doc__, 'chars', TINY_SHAKESPEARE, ends)
+    args = options(Path(__file__).parent, __doc__, tokenizer='chars').parse_args(argv)
+    prepare_one_text(args, TINY_SHAKESPEARE, {'train': 90, 'val': 100})
     return 0
 
 

@@ -58,9 +58,9 @@ def library_splits(library: Path) -> Splits:
 
 
 def main(argv: list[str]) -> int:
-    args = options(__file__, __doc__, tokenizer='bpe:4096').parse_args(argv)
+    args = options(Path(__file__).parent, __doc__, tokenizer='bpe:4096').parse_args(argv)
     splits, origin = local_splits(args), None
-    if splits is None:
+    if not splits:
         splits = library_splits(Path(sysconfig.get_path('stdlib')))
         origin = {'python': platform.python_version(), 'files': sum(map(len, splits.values()))}
     if 'val' not in splits:

@@ -17,18 +17,19 @@ from data.files import CorpusError
 from data.scripts import local_or_hub_splits, options
 from data.sources import Joined
 
+FOLDER = Path(__file__).resolve().parents[1]  # of the data sets
 HUB = ('Salesforce/wikitext', 'b08601e04326c79dfdd32d625aee71d232d685c3')
 
 
 def main(argv: list[str]) -> int:
-    parser = options(__file__, __doc__, tokenizer='gpt2', hub=HUB)
+    parser = options(FOLDER / 'wikitext103', __doc__, tokenizer='gpt2', hub=HUB)
     parser.add_argument(
         '--size', choices=('2', '103'), default='103', help='WikiText-2 or WikiText-103 (103)'
     )
-    parser.set_defaults(out_dir=None)
     args = parser.parse_args(argv)
-    out_dir = args.out_dir or Path(__file__).resolve().parents[1] / f'wikitext{args.size}'
-    splits, origin = local_or_hub_splits(args, f'wikitext-{args.size}-raw-v1')
+    default = args.out_dir == parser.get_default('out_dir')
+    out_dir = FOLDER / f'wikitext{args.size}' if default else args.out_dir
+    splits, origin = local_or_hub_splits(args, config=f'wikitext-{args.size}-raw-v1')
     if 'val' not in splits:
         raise CorpusError('--files needs --val_files here')
     splits = {split: [Joined(tuple(parts))] for split, parts in splits.items()}
