@@ -71,6 +71,13 @@ CONFIG_JSON = Object(
 ADDED_JSON = Table(Text(), TOKEN_ID)
 
 END_OF_TEXT = '<|endoftext|>'
+# The words of a BPE that is trained here are GPT-2's, but none is longer than so many characters: a longer
+# one is divided into several, whose tokens decode to the same text. The time for the merges within a word
+# grows with the square of its length, and a text may hold a word of a million characters.
+WORD = 1024
+WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,%d}| ?\p{N}{1,%d}| ?[^\s\p{L}\p{N}]{1,%d}|\s{1,%d}(?!\S)|\s{1,%d}"
+).replace('%d', str(WORD))
 # names of the token that ends a document, for a tokenizer.json that comes without a config beside it
 END_NAMES = (END_OF_TEXT, '</s>', '<|end_of_text|>', '<eos>', '<|eot_id|>', '[EOS]')
 HF_FILES = (
@@ -314,19 +321,21 @@ class HuggingFace(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFace:
-    """A byte-level BPE with GPT-2's word pattern, trained on `texts`; <|endoftext|> is id 0.
+    """A byte-level BPE with GPT-2's words (see WORD), trained on `texts`; <|endoftext|> is id 0.
 
     The result depends on the texts alone, not on their order or on the number of threads. A small corpus may
     give fewer than `vocab_size` tokens. TokenizerError if `vocab_size` is below 257.
     """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Model
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
         raise TokenizerError(f'a byte-level BPE has at least {len(alphabet) + 1} tokens, not {vocab_size}')
     model = Model(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORDS), 'isolated')
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
