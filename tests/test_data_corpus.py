@@ -522,6 +522,25 @@ def test_documents_counts_and_bytes(tmp_path):
     assert not (tmp_path / 'set' / '.prepare').exists()
 
 
+@pytest.mark.parametrize('tokenizer', ['gpt2', 'bytes', 'bpe:300', 'folder'])
+def test_special_tokens_in_a_document_are_text(tmp_path, gpt2, gpt2_folder, tokenizer):
+    """A text cannot end its own document, nor begin another, whatever it says."""
+    texts = ['a <|endoftext|> b', '</s><s>', '<pad>', '<|endoftext|><|endoftext|>']
+    splits = {
+        'train': [Records(write_jsonl(tmp_path / 'train.jsonl', texts))],
+        'val': [Records(write_jsonl(tmp_path / 'val.jsonl', ['<s>c</s>']))],
+    }
+    name = str(gpt2_folder) if tokenizer == 'folder' else tokenizer
+    prepare(tmp_path / 'set', name, splits, num_proc=1)
+    data = open_data(tmp_path / 'set')
+    assert decoded(data, 'train') == texts
+    assert decoded(data, 'val') == ['<s>c</s>']
+    ids = data.splits['train'].tolist()
+    assert ids.count(from_spec(data.tokenizer_spec).eot) == len(texts)
+    if tokenizer == 'folder':
+        assert not {0, 1} & set(ids)  # <pad> and <s>
+
+
 def test_documents_without_text_are_left_out(tmp_path, capsys):
     """They would leave two end-of-text tokens in a row, and one at the start."""
     rows = [None, '', 'a', None, '', 'b', ' ', None]
