@@ -2,6 +2,8 @@
 
     sources -> pieces of text -> chunks of about 4 MB -> tokens, on all cores -> train.bin, val.bin, meta.json
 
+A split of more than SHARD_TOKENS tokens is written as several files, train_000.bin and so on.
+
 Memory does not grow with the corpus: sources are read as streams, and at most two chunks more than there are
 workers are in memory. A chunk is a file of its own in `.prepare/` until all chunks are there, so a killed
 preparation goes on where it stopped, and nothing looks finished before meta.json, which is written last. What
@@ -13,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -61,6 +64,7 @@ from data.tokendata import (
     dtype_for,
     open_data,
     read_if_whole,
+    token_files,
 )
 from data.tokenizer import Chars, Tokenizer, from_spec, load, train_bpe
 from declared import LINE, Object, read_json
@@ -70,6 +74,8 @@ CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
 BATCH = 1 << 20  # bytes of text whose ids are Python integers at the same time
 FIT_BYTES = 1 << 30  # bytes of the training split that a BPE is trained on at most: the first
 SMALL = 1 << 24  # bytes of text that are not worth starting processes for
+SHARD_TOKENS = 10**9  # of a token file at most: 2 GB of uint16
+TOKEN_FILE = re.compile(rf'({"|".join(SPLITS)})(_\d{{3,}})?\.bin')
 CHUNK_FORMAT = 2  # of the files in .prepare: chunks of another one are not used
 TOKENS, BYTES, FLAGS, KEY = range(4)  # columns of a chunk's table, which has a row for each piece
 
@@ -334,17 +340,28 @@ class Holdout:
 
 
 class TokenWriter:
-    """A token file as it is written: counts and SHA-256."""
+    """The token file of a split as it is written, or its shards: counts, and the SHA-256 of each."""
 
-    def __init__(self, path: Path) -> None:
-        self.file, self.digest = open(path, 'wb'), hashlib.sha256()
+    def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
+        """shard_tokens: the most tokens of a file; 0 is no bound"""
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        self.shards: list[dict[str, Any]] = []  # that are complete
+        self._begin_shard()
         self.tokens = self.documents = self.empty = self.bytes = 0
 
     def write(self, tokens: NDArray[Any], table: NDArray[np.int64]) -> None:
         """Append tokens (n,), which are those of the pieces in `table`."""
-        block = np.ascontiguousarray(tokens).data
-        self.file.write(block)
-        self.digest.update(block)
+        written = 0
+        while written < len(tokens):
+            if self.shard_tokens and self.in_shard == self.shard_tokens:
+                self._end_shard()
+                self._begin_shard()
+            room = self.shard_tokens - self.in_shard if self.shard_tokens else len(tokens)
+            part = np.ascontiguousarray(tokens[written : written + room])
+            self.file.write(part.data)
+            self.digest.update(part.data)
+            self.in_shard += len(part)
+            written += len(part)
         empty = (table[:, FLAGS] == STARTS | ENDS) & (table[:, BYTES] == 0)
         self.tokens += len(tokens)
         self.documents += int((table[~empty, FLAGS] & ENDS > 0).sum())
@@ -352,12 +369,23 @@ class TokenWriter:
         self.bytes += int(table[:, BYTES].sum())
 
     def finish(self) -> dict[str, Any]:
-        """Make the file durable; the entry of the split in meta.json."""
+        """Make the files durable; the entry of the split in meta.json."""
+        self._end_shard()
+        entry = {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes, 'empty': self.empty}
+        if len(self.shards) > 1:
+            return {**entry, 'shards': self.shards}
+        os.replace(self.file.name, self.folder / f'{self.name}.bin')
+        return {**entry, 'sha256': self.shards[0]['sha256']}
+
+    def _begin_shard(self) -> None:
+        self.file = open(self.folder / f'{self.name}_{len(self.shards):03d}.bin', 'wb')
+        self.digest, self.in_shard = hashlib.sha256(), 0
+
+    def _end_shard(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        counts = {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes}
-        return {**counts, 'empty': self.empty, 'sha256': self.digest.hexdigest()}
+        self.shards.append({'tokens': self.in_shard, 'sha256': self.digest.hexdigest()})
 
 
 def read_chunk(path: Path, *names: str) -> list[NDArray[Any]]:
@@ -371,9 +399,9 @@ def read_chunk(path: Path, *names: str) -> list[NDArray[Any]]:
         ) from error
 
 
-def join_chunks(work: Path, name: str, done: list[Path]) -> dict[str, Any]:
-    """Join the chunks of a split to work/name.bin; its entry in meta.json."""
-    split = TokenWriter(work / f'{name}.bin')
+def join_chunks(work: Path, name: str, done: list[Path], shard_tokens: int) -> dict[str, Any]:
+    """Join the chunks of a split to token files in `work`; its entry in meta.json."""
+    split = TokenWriter(work, name, shard_tokens)
     for path in done:
         tokens, table = read_chunk(path, 'tokens', 'table')
         split.write(tokens, table)
@@ -390,13 +418,13 @@ def held_out(done: list[Path], holdout: Holdout) -> tuple[NDArray[np.int64], NDA
 
 
 def join_and_hold_out(
-    work: Path, done: list[Path], order: NDArray[np.int64], is_held: NDArray[np.bool_]
+    work: Path, done: list[Path], order: NDArray[np.int64], is_held: NDArray[np.bool_], shard_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Join the chunks of one corpus to work/train.bin and work/val.bin; their entries in meta.json.
+    """Join the chunks of one corpus to the token files of train and of val; their entries in meta.json.
 
     order, is_held: as `held_out` gives them
     """
-    train, document = TokenWriter(work / 'train.bin'), 0
+    train, document = TokenWriter(work, 'train', shard_tokens), 0
     rows_of: dict[int, list[list[int]]] = {}  # the table of each document held out
     with open(work / 'held.bin', 'wb') as file:  # in the order of the corpus
         for path in done:
@@ -414,7 +442,7 @@ def join_and_hold_out(
     lengths = [int(table[:, TOKENS].sum()) for table in tables.values()]
     end_of = dict(zip(tables, np.cumsum(lengths).tolist(), strict=True))
     stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(lengths) else tokens[:0]
-    val = TokenWriter(work / 'val.bin')
+    val = TokenWriter(work, 'val', shard_tokens)
     for number in order.tolist():
         end = end_of[number]
         val.write(stored[end - int(tables[number][:, TOKENS].sum()) : end], tables[number])
@@ -495,6 +523,7 @@ def prepare(
     begin: bool = False,
     holdout: Holdout | None = None,
     num_proc: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Meta:
     """Make the token files of `splits` ({'train': sources, 'val': sources}); the content of their meta.json.
 
@@ -504,6 +533,7 @@ def prepare(
     - begin: whether the beginning-of-text token, or else the end-of-text token, precedes it
     - holdout: takes the validation split out of 'train'
     - num_proc: processes that encode; None means one per core
+    - shard_tokens: the most tokens of a file, beyond which a split is several; 0 is no bound
 
     Does nothing if the folder holds just that already; goes on where an earlier call was killed. CorpusError
     and TokenizerError say what is wrong.
@@ -528,7 +558,7 @@ def prepare(
             f'another prepare is at work in {out_dir}: wait for it, or take another --out_dir'
         ) from None
     try:
-        meta = _prepare(out_dir, work, tokenizer, splits, origin, end, begin, holdout, num_proc)
+        meta = _prepare(out_dir, work, tokenizer, splits, origin, end, begin, holdout, num_proc, shard_tokens)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -554,6 +584,7 @@ def _prepare(
     begin: bool,
     holdout: Holdout | None,
     num_proc: int | None,
+    shard_tokens: int,
 ) -> Meta:
     started = time.monotonic()
     num_proc = cores() if num_proc is None else num_proc
@@ -574,11 +605,13 @@ def _prepare(
         'format': [FORMAT, CHUNK, PIECE, CHUNK_FORMAT],
         'tokenizer': tokenizer.fingerprint if tokenizer else [name, FIT_BYTES],
         'documents': [begin, end, asdict(holdout) if holdout else None],
+        'shard_tokens': shard_tokens,
         'splits': sources_of,
     }
     job = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
         return meta
+    _refuse_to_replace(out_dir, work)
     if read_if_whole(work / JOB, JOB_SHAPE).get('job') != job:
         for path in work.iterdir():
             if path.name != 'lock':
@@ -615,8 +648,8 @@ def _prepare(
     shared = shared_documents(done, is_held)
     entries: dict[str, dict[str, Any]] = {}
     if order is not None and is_held is not None:
-        entries = join_and_hold_out(work, done.pop('train'), order, is_held)
-    entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
+        entries = join_and_hold_out(work, done.pop('train'), order, is_held, shard_tokens)
+    entries.update({s: join_chunks(work, s, found, shard_tokens) for s, found in done.items()})
     for split, entry in entries.items():
         if entry['tokens'] == 0 or entry['bytes'] == 0:
             raise CorpusError(f'{out_dir}: the split {split} has no text')
@@ -662,6 +695,20 @@ def _already(out_dir: Path, job: str) -> Meta | None:
     return meta
 
 
+def _token_files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if TOKEN_FILE.fullmatch(path.name))
+
+
+def _refuse_to_replace(out_dir: Path, work: Path) -> None:
+    """CorpusError if the folder has token files of which neither meta.json nor a preparation tells."""
+    found = _token_files_in(out_dir)
+    if found and not (out_dir / META).exists() and not (work / JOB).exists():
+        raise CorpusError(
+            f'{found[0]} was not made here, as {META} is missing, and would be replaced: move it, or take '
+            'another --out_dir'
+        )
+
+
 def _check_disk(
     out_dir: Path, work: Path, tokenizer: Tokenizer, splits: Splits, text_bytes: int, itemsize: int
 ) -> None:
@@ -681,10 +728,11 @@ def _check_disk(
 def _put_in_place(out_dir: Path, work: Path, meta: Meta, tokenizer: Tokenizer) -> None:
     """Move the finished files to the folder: the old meta.json goes first, the new one comes last."""
     (out_dir / META).unlink(missing_ok=True)
-    for old in ('train.bin', 'val.bin', 'test.bin', 'tokenizer.json'):
-        (out_dir / old).unlink(missing_ok=True)
-    for split in meta['splits']:
-        os.replace(work / f'{split}.bin', out_dir / f'{split}.bin')
+    for old in [*_token_files_in(out_dir), out_dir / 'tokenizer.json']:
+        old.unlink(missing_ok=True)
+    for split, entry in meta['splits'].items():
+        for name in token_files(split, entry):
+            os.replace(work / name, out_dir / name)
     if 'json' in tokenizer.spec:
         (work / 'tokenizer.json').write_bytes(tokenizer.spec['json'].encode('utf-8'))
         os.replace(work / 'tokenizer.json', out_dir / 'tokenizer.json')

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import run_program
 from data.corpus import prepare
 from data.files import CorpusError, text_size
-from data.scripts import add_field, local_splits, options, parts_of_text, prepare_documents
+from data.scripts import add_field, how, local_splits, options, parts_of_text, prepare_documents
 from data.sources import TextFile
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             )
         ends = {'train': size - held, 'val': size}
         splits |= parts_of_text(path, ends, train[0].raw)
-        prepare(args.out_dir, args.tokenizer, splits, end=False, num_proc=args.num_proc)
+        prepare(args.out_dir, args.tokenizer, splits, end=False, **how(args))
     else:
         prepare_documents(args, splits)
     return 0

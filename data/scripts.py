@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data.corpus import Holdout, prepare
+from data.corpus import SHARD_TOKENS, Holdout, prepare
 from data.files import CorpusError, text_size
 from data.sources import Splits, TextFile, download, file_source, hub_sources, paths, template_parts
 
@@ -97,6 +97,8 @@ def options(
         help=f'gpt2, bpe:4096, bytes, chars, a tokenizer.json, a folder or a repository ({tokenizer})',
     )
     add('--num_proc', type=whole(1), help='processes that encode (one per core)')
+    most = f'tokens of a file, beyond which a split is several files; 0 is no bound ({SHARD_TOKENS})'
+    add('--shard_tokens', type=whole(0), default=SHARD_TOKENS, help=most)
     files: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'metavar': 'FILE'}
     text = 'text files, .jsonl, .json or .parquet (also .gz .xz .bz2 .zst .zip), folders or patterns'
     add('--files', required=needed, **files, help=text + ('' if needed else ', in place of the usual source'))
@@ -150,14 +152,17 @@ def parts_of_text(path: str, ends: dict[str, int], raw: bool) -> Splits:
 # Preparing ------------------------------------------------------------------
 
 
+def how(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that every script passes on to `prepare`."""
+    return {'num_proc': args.num_proc, 'shard_tokens': args.shard_tokens}
+
+
 def prepare_documents(
     args: argparse.Namespace, splits: Splits, origin: dict[str, str] | None = None, begin: bool = False
 ) -> None:
     """Prepare documents: rows, or whole text files. Without a split val, some of them are held out for it."""
     holdout = None if 'val' in splits else Holdout(args.val_fraction, args.split_seed)
-    prepare(
-        args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, num_proc=args.num_proc
-    )
+    prepare(args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, **how(args))
 
 
 def prepare_one_text(args: argparse.Namespace, original: tuple[str, str], percents: dict[str, int]) -> None:
@@ -182,4 +187,4 @@ def prepare_one_text(args: argparse.Namespace, original: tuple[str, str], percen
             )
         size = text_size(found[0])
         splits = parts_of_text(found[0], {s: size * percent // 100 for s, percent in percents.items()}, raw)
-    prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+    prepare(args.out_dir, args.tokenizer, splits, origin, end=False, **how(args))

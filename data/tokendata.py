@@ -1,7 +1,8 @@
 """Token files: what the prepare.py scripts write and training reads.
 
 A data set is a folder with `train.bin`, `val.bin` and sometimes `test.bin` (raw little-endian uint16, or
-uint32 where the vocabulary needs it) and `meta.json`, which describes them. `open_data` trusts none of it: it
+uint32 where the vocabulary needs it) and `meta.json`, which describes them. A split of many tokens is several
+files, `train_000.bin`, `train_001.bin` and so on, which are read as one. `open_data` trusts none of it: it
 compares every file with meta.json once, and an error is one line that names the file, what it holds, what was
 expected and the fix.
 """
@@ -10,11 +11,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ from declared import (
     SHA256,
     Anything,
     Either,
+    List,
     Null,
     Object,
     OneOf,
@@ -46,14 +49,16 @@ LARGEST = 1 << 32  # vocabulary whose ids fit
 SCAN_BYTES = 1 << 23  # read at a time when a file is verified
 
 Meta = dict[str, Any]  # the content of meta.json
-Tokens = np.memmap[Any, Any] | NDArray[Any]  # (n_tokens,) of uint16 or uint32
 Int64s = NDArray[np.int64]
 
 # What the files of a data set hold
 COUNT = Whole(0)
+FILE_SHAPE: dict[str, Shape] = {'tokens': Whole(1), 'sha256': SHA256}
 SPLIT_SHAPE = Object(
-    {'tokens': Whole(1), 'sha256': SHA256},
+    {'tokens': Whole(1)},
     optional={
+        'sha256': SHA256,  # of its file
+        'shards': List(Object(FILE_SHAPE, closed=True), least=2),  # in place of that, if it is several
         'documents': COUNT,  # that have text
         'empty': COUNT,  # documents without text, which were left out
         'bytes': COUNT,  # of text
@@ -111,10 +116,48 @@ class FileStamp(NamedTuple):
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
+class Shards:
+    """The tokens of several files as one array (n_tokens,): `len`, `[i]` and `[start:stop]`."""
+
+    def __init__(self, files: Sequence[NDArray[Any]]) -> None:
+        """files: each (n,), of the same dtype"""
+        self.files = files
+        self.ends = np.cumsum([len(file) for file in files]).tolist()
+        self.dtype: np.dtype[Any] = files[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, key: slice) -> NDArray[Any]: ...
+
+    @overload
+    def __getitem__(self, key: int) -> Any: ...
+
+    def __getitem__(self, key: slice | int) -> Any:
+        if not isinstance(key, slice):
+            at = range(len(self))[key]
+            return self[at : at + 1][0]
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f'tokens in shards are read one after the other, not in steps of {step}')
+        parts = [self.files[0][:0]]
+        shard = bisect_right(self.ends, start)
+        while start < stop:
+            end = self.ends[shard]
+            first = end - len(self.files[shard])
+            parts.append(self.files[shard][start - first : stop - first])
+            start, shard = end, shard + 1
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+
+Tokens = NDArray[Any] | Shards  # (n_tokens,) of uint16 or uint32
+
+
 @dataclass(frozen=True)
 class TokenData:
     folder: Path
-    splits: dict[str, Tokens]  # name -> read-only np.memmap (n_tokens,) of uint16 or uint32
+    splits: dict[str, Tokens]  # name -> (n_tokens,), read-only: an np.memmap, or Shards of them
     meta: Meta  # the content of meta.json; {} for a plain .bin
     vocab_size: int
     tokenizer_spec: Spec | None  # complete: tokenizer.from_spec builds the tokenizer from it
@@ -178,30 +221,36 @@ def open_data(
         if name not in names:
             raise DataError(f'{folder / name}.bin is missing: {fix}')
     spec = _tokenizer_spec(folder, meta, fix) if meta else None
-    entries = {f'{name}.bin': meta['splits'][name] if meta else {} for name in names}
+    files_of = {name: token_files(name, meta['splits'][name] if meta else {}) for name in names}
+    entries = {file: entry for files in files_of.values() for file, entry in files.items()}
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context(_open_file(folder / name, fix)) for name in entries}
             stamps = {folder / name: FileStamp.of(os.fstat(file.fileno())) for name, file in files.items()}
             for name, entry in entries.items():
-                size = stamps[folder / name].size
-                _check_size(folder / name, size, dtype, entry.get('tokens'), block_size, fix)
+                _check_size(folder / name, stamps[folder / name].size, dtype, entry.get('tokens'), fix)
+            for name, parts in files_of.items():
+                size = sum(stamps[folder / part].size for part in parts)
+                _check_block_size(folder / f'{name}.bin', size // dtype.itemsize, block_size)
             hashes = {name: entry.get('sha256') for name, entry in entries.items()}
             if verify:
                 hashes = _verify(folder, files, stamps, dtype, vocab_size, hashes, fix)
-            splits: dict[str, Tokens] = {
-                name.removesuffix('.bin'): np.memmap(file, dtype, 'r') for name, file in files.items()
-            }
+            maps = {name: np.memmap(file, dtype, 'r') for name, file in files.items()}
     except OSError as error:
         raise DataError(f'{error.filename or folder} cannot be read ({error.strerror or error})') from error
-    known = {name.removesuffix('.bin'): sha256 for name, sha256 in hashes.items()}
+    splits: dict[str, Tokens] = {}
+    content: dict[str, Any] = {}  # the SHA-256 of each split, or those of its shards
+    for name, parts in files_of.items():
+        one = len(parts) == 1
+        splits[name] = maps[f'{name}.bin'] if one else Shards([maps[part] for part in parts])
+        content[name] = hashes[f'{name}.bin'] if one else [hashes[part] for part in parts]
     return TokenData(
         folder=folder,
         splits=splits,
         meta=meta,
         vocab_size=vocab_size,
         tokenizer_spec=spec,
-        fingerprint=fingerprint(known) if all(known.values()) else None,
+        fingerprint=fingerprint(content) if all(hashes.values()) else None,
         stamps=stamps,
     )
 
@@ -226,7 +275,20 @@ def _read_meta(folder: Path, vocab_size: int | None) -> Meta:
             f'{folder / META} says a vocabulary of {meta["vocab_size"]}, vocab_size={vocab_size} was given: '
             'leave out vocab_size'
         )
+    for name, split in meta['splits'].items():
+        shards = split.get('shards')
+        if ('sha256' in split) == (shards is not None):
+            raise DataError(f'{folder / META}: splits.{name} has either sha256 or shards: {fix}')
+        if shards and sum(shard['tokens'] for shard in shards) != split['tokens']:
+            raise DataError(f'{folder / META}: splits.{name}.tokens is not the sum of its shards: {fix}')
     return meta
+
+
+def token_files(name: str, entry: Meta) -> dict[str, Meta]:
+    """The names of the files of a split, each with its tokens and sha256. entry: of the split in meta.json"""
+    if 'shards' not in entry:
+        return {f'{name}.bin': entry}
+    return {f'{name}_{i:03d}.bin': shard for i, shard in enumerate(entry['shards'])}
 
 
 def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> Spec:
@@ -268,10 +330,8 @@ def _open_file(path: Path, fix: str) -> IO[bytes]:
     return path.open('rb')
 
 
-def _check_size(
-    path: Path, size: int, dtype: np.dtype[Any], expected: int | None, block_size: int | None, fix: str
-) -> None:
-    """Check what the size in bytes tells: an empty, truncated or too short file, or one of another dtype.
+def _check_size(path: Path, size: int, dtype: np.dtype[Any], expected: int | None, fix: str) -> None:
+    """Check what the size in bytes tells: an empty or truncated file, or one of another dtype.
 
     expected: the number of tokens, or None if it is not known
     """
@@ -290,6 +350,10 @@ def _check_size(
             f'{path} holds {tokens:,} tokens of {dtype.name}, {META} says {expected:,}: '
             f'{f"it looks like {other}" if other else guess}; {fix}'
         )
+
+
+def _check_block_size(path: Path, tokens: int, block_size: int | None) -> None:
+    """Check that a split has a window and its targets."""
     if block_size is not None and tokens <= block_size:
         raise DataError(
             f'{path} holds {tokens:,} tokens, block_size {block_size} needs at least {block_size + 1:,}: '

@@ -738,7 +738,9 @@ DRIVER = """
         holdout = None
         if {holdout!r}:
             splits, holdout = {{'train': splits['train']}}, corpus.Holdout(0.1, 7)
-        corpus.prepare('set', 'bpe:300', splits, holdout=holdout, num_proc={num_proc})
+        corpus.prepare(
+            'set', 'bpe:300', splits, holdout=holdout, num_proc={num_proc}, shard_tokens={shard_tokens}
+        )
 """
 COUNT = """
     real = corpus.encode_chunk
@@ -770,13 +772,25 @@ FAULTS = {
         write(self, *arguments); self.file.flush(); count.append(1)
         if len(count) == 2: die()
     corpus.TokenWriter.write = second""",
+    'between two shards': """
+    begin, count = corpus.TokenWriter._begin_shard, []
+    def third(self):
+        count.append(1)
+        return die() if len(count) == 3 else begin(self)
+    corpus.TokenWriter._begin_shard = third""",
     'before the files are put in place': 'corpus._put_in_place = die',
     'when train.bin is in place': """
     replace = os.replace
     def first(source, target):
         replace(source, target)
-        if str(target).endswith('train.bin'): die()
+        if str(target) == os.path.join('set', 'train.bin'): die()
     os.replace = first""",
+    'when train_001.bin is in place': """
+    replace = os.replace
+    def second(source, target):
+        replace(source, target)
+        if str(target).endswith('train_001.bin'): die()
+    os.replace = second""",
     'before meta.json is in place': """
     replace = os.replace
     def last(source, target):
@@ -785,10 +799,9 @@ FAULTS = {
 }
 
 
-def drive(folder, root, fault='', num_proc=1, holdout=False, **options):
-    code = textwrap.dedent(DRIVER).format(
-        root=str(root), fault=textwrap.dedent(fault), num_proc=num_proc, holdout=holdout
-    )
+def drive(folder, root, fault='', num_proc=1, holdout=False, shard_tokens=0, **options):
+    settings = {'num_proc': num_proc, 'holdout': holdout, 'shard_tokens': shard_tokens}
+    code = textwrap.dedent(DRIVER).format(root=str(root), fault=textwrap.dedent(fault), **settings)
     (folder / 'driver.py').write_text(code, encoding='utf-8')
     return subprocess.run(
         [sys.executable, 'driver.py'], cwd=folder, capture_output=True, text=True, check=False, **options
@@ -818,7 +831,7 @@ def reference(tmp_path_factory, root):
 @pytest.mark.parametrize(
     ('fault', 'holdout'),
     [
-        *((fault, False) for fault in FAULTS),
+        *((fault, False) for fault in FAULTS if 'shards' not in fault and '_001' not in fault),
         ('between two chunks', True),
         ('while the chunks are joined', True),
     ],
@@ -847,6 +860,37 @@ def test_killed_and_run_again(tmp_path, root, reference, fault, holdout):
     assert {**ours, 'job': ''} == {**theirs, 'job': ''}
     assert not (tmp_path / 'set' / '.prepare').exists()
     assert len(open_data(tmp_path / 'set').splits) == 2
+
+
+@posix
+@pytest.mark.parametrize(
+    ('fault', 'holdout'),
+    [
+        ('between two shards', False),
+        ('between two shards', True),
+        ('when train_001.bin is in place', False),
+        ('before meta.json is in place', True),
+    ],
+)
+def test_killed_and_run_again_in_shards(tmp_path, root, reference, fault, holdout):
+    for name, content in reference['texts'].items():
+        (tmp_path / name).write_bytes(content)
+    killed = drive(tmp_path, root, FAULTS[fault], holdout=holdout, shard_tokens=500)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(DataError, match='unfinished preparation'):
+        open_data(tmp_path / 'set')
+    again = drive(tmp_path, root, holdout=holdout, shard_tokens=500)
+    assert again.returncode == 0, again.stderr
+    shards = sorted(path.name for path in (tmp_path / 'set').glob('train_*.bin'))
+    assert shards == [f'train_{i:03d}.bin' for i in range(len(shards))] and len(shards) > 2
+    whole = b''.join((tmp_path / 'set' / name).read_bytes() for name in shards)
+    assert whole == reference[holdout]['train.bin']
+    data = open_data(tmp_path / 'set')
+    assert data.splits['train'][:].tobytes() == whole
+    # and what was in shards is replaced by what is not
+    assert drive(tmp_path, root, holdout=holdout).returncode == 0
+    assert sorted(path.name for path in (tmp_path / 'set').glob('*.bin')) == ['train.bin', 'val.bin']
+    assert (tmp_path / 'set' / 'train.bin').read_bytes() == whole
 
 
 @posix
@@ -936,6 +980,42 @@ def test_other_settings_replace_what_is_there(tmp_path, two):
     assert (data.vocab_size, list(data.splits)) == (257, ['train', 'val'])
     assert not (tmp_path / 'set' / 'test.bin').exists()
     assert not (tmp_path / 'set' / 'tokenizer.json').exists()
+
+
+def test_token_files_that_nothing_describes_are_not_replaced(tmp_path, two):
+    """nanoGPT's, perhaps: hours of work."""
+    (tmp_path / 'set').mkdir()
+    for name in ('train.bin', 'train_000.bin'):
+        path = tmp_path / 'set' / name
+        path.write_bytes(b'12')
+        with pytest.raises(CorpusError, match=f'{name} was not made here'):
+            prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+        assert path.read_bytes() == b'12'
+        path.rename(tmp_path / 'moved.bin')
+    prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
+
+
+@pytest.mark.parametrize(
+    ('shard_tokens', 'files'), [(0, 1), (1000, 3), (2000, 2), (2001, 1), (2002, 1), (667, 3)]
+)
+def test_a_split_of_many_tokens_is_written_in_shards(tmp_path, shard_tokens, files):
+    """2,001 tokens of training: a shard is full before the next one begins."""
+    for name, text in (('train', 'abcde' * 400), ('val', 'edcba' * 8)):
+        write_jsonl(tmp_path / f'{name}.jsonl', [text])
+    splits = {s: [Records(str(tmp_path / f'{s}.jsonl'))] for s in ('train', 'val')}
+    meta = prepare(tmp_path / 'set', 'bytes', splits, num_proc=1, shard_tokens=shard_tokens)
+    shards = meta['splits']['train'].get('shards', [])
+    sizes = [shard['tokens'] for shard in shards] or [2001]
+    assert len(sizes) == files
+    assert sum(sizes) == 2001
+    assert set(sizes[:-1]) <= {shard_tokens}
+    names = ['train.bin'] if files == 1 else [f'train_{i:03d}.bin' for i in range(files)]
+    found = sorted(path.name for path in (tmp_path / 'set').iterdir() if path.name.startswith('train'))
+    assert found == names
+    data = open_data(tmp_path / 'set')
+    assert len(data.splits['train']) == 2001
+    assert Bytes().decode(data.splits['train'][:]) == 'abcde' * 400 + '<|endoftext|>'
+    assert 'shards' not in meta['splits']['val']
 
 
 def test_a_changed_or_damaged_set_is_made_again(tmp_path, two):

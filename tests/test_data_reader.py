@@ -446,6 +446,78 @@ def test_a_file_that_changes_while_it_is_verified_is_refused(folder, monkeypatch
     assert not (folder / '.verified.json').exists()
 
 
+@pytest.fixture
+def sharded(tmp_path):
+    """900 tokens of training in three files, 100 of validation in one."""
+    for name, size in (('train', 900), ('val', 100)):
+        (tmp_path / f'{name}.txt').write_text(('abcdefghij' * size)[:size], encoding='utf-8')
+    splits = {name: [TextFile(str(tmp_path / f'{name}.txt'))] for name in ('train', 'val')}
+    prepare(tmp_path / 'shards', 'chars', splits, num_proc=1, shard_tokens=350)
+    return tmp_path / 'shards'
+
+
+def test_shards_are_read_as_one_split(sharded, folder):
+    data, one = open_data(sharded, BLOCK), open_data(folder, BLOCK)
+    assert [len(shard) for shard in data.splits['train'].files] == [350, 350, 200]
+    assert np.array_equal(data.splits['train'][:], one.splits['train'])
+    assert len(data.fingerprint) == 64
+    assert open_data(sharded, BLOCK, verify=False).fingerprint == data.fingerprint != one.fingerprint
+    assert len(open_data(sharded, 99).splits['train']) == 900
+    refused(sharded, 'train.bin holds 900 tokens, block_size 900 needs at least 901', block_size=900)
+    assert sorted(path.name for path in data.stamps) == [
+        'train_000.bin', 'train_001.bin', 'train_002.bin', 'val.bin',
+    ]  # fmt: skip
+
+
+def test_every_shard_is_checked(sharded, monkeypatch):
+    content = (sharded / 'train_001.bin').read_bytes()
+    data = open_data(sharded, BLOCK)
+    os.truncate(sharded / 'train_001.bin', 600)
+    refused(sharded, 'train_001.bin holds 300 tokens', 'says 350', 'truncated')
+    assert 'train_001.bin changed since it was opened' in data.changed()
+    (sharded / 'train_001.bin').write_bytes(content[::-1])
+    refused(sharded, 'train_001.bin')
+    (sharded / 'train_001.bin').write_bytes(content[2:] + content[:2])
+    refused(sharded, 'train_001.bin has SHA-256', 'it changed')
+    (sharded / 'train_001.bin').unlink()
+    refused(sharded, 'train_001.bin is missing')
+    (sharded / 'train_001.bin').write_bytes(content)
+    scanned, scan = [], tokendata._scan
+
+    def counting(path, *arguments):
+        scanned.append(path.name)
+        return scan(path, *arguments)
+
+    monkeypatch.setattr(tokendata, '_scan', counting)
+    open_data(sharded, BLOCK)
+    assert scanned == ['train_001.bin']  # the others have their stamps
+
+
+@pytest.mark.parametrize(
+    ('change', 'wanted'),
+    [
+        (lambda split: split['shards'].pop(), 'splits.train.tokens is not the sum of its shards'),
+        (lambda split: split.update(shards=split['shards'][:1]), 'a list of at least 2'),
+        (lambda split: split.update(sha256='0' * 64), 'splits.train has either sha256 or shards'),
+        (lambda split: split.pop('shards'), 'splits.train has either sha256 or shards'),
+        (lambda split: split['shards'][1].update(file='/etc/passwd'), 'shards[1].file is not known'),
+        (
+            lambda split: split['shards'][1].update(tokens='350'),
+            "shards[1].tokens is '350', not",
+        ),
+        (
+            lambda split: split['shards'].reverse(),
+            'train_000.bin holds 350 tokens of uint16',
+        ),
+    ],
+)
+def test_a_broken_list_of_shards(sharded, change, wanted):
+    splits = json.loads((sharded / 'meta.json').read_text(encoding='utf-8'))['splits']
+    change(splits['train'])
+    edit_meta(sharded, splits=splits)
+    refused(sharded, wanted)
+
+
 def test_the_fingerprint_follows_the_content(folder, plain):
     before = open_data(plain, BLOCK, vocab_size=1000).fingerprint
     tokens = np.fromfile(plain / 'val.bin', '<u2')

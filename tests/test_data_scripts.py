@@ -90,9 +90,10 @@ def test_no_script_is_left_out(root):
 def test_every_option_takes_its_value_both_ways():
     parser = options(Path('data/x'), '', 'gpt2', hub=('owner/name', None), val_fraction=0.1)
     names = [action.option_strings[0] for action in parser._actions if action.dest != 'help']
-    assert len(names) == 10
+    assert len(names) == 11
+    numbers = {'--val_fraction': '0.5', '--num_proc': '3', '--split_seed': '3', '--shard_tokens': '9'}
     for name in names:
-        value = {'--val_fraction': '0.5', '--num_proc': '3', '--split_seed': '3'}.get(name, 'a.txt')
+        value = numbers.get(name, 'a.txt')
         one, other = parser.parse_args([name, value]), parser.parse_args([f'{name}={value}'])
         assert one == other != parser.parse_args([]), name
     both = parser.parse_args(['--files=a.txt', '--files', 'b.txt', 'c.txt', '--files=d.txt'])

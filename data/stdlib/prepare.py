@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
 from data.corpus import prepare
 from data.files import CorpusError
-from data.scripts import local_splits, options
+from data.scripts import how, local_splits, options
 from data.sources import Splits, TextFile
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         origin = {'python': platform.python_version(), 'files': sum(map(len, splits.values()))}
     if 'val' not in splits:
         raise CorpusError('--files needs --val_files here')
-    prepare(args.out_dir, args.tokenizer, splits, origin, num_proc=args.num_proc)
+    prepare(args.out_dir, args.tokenizer, splits, origin, **how(args))
     return 0
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import run_program
 from data.corpus import prepare
 from data.files import CorpusError
-from data.scripts import local_or_hub_splits, options
+from data.scripts import how, local_or_hub_splits, options
 from data.sources import Joined
 
 FOLDER = Path(__file__).resolve().parents[1]  # of the data sets
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if 'val' not in splits:
         raise CorpusError('--files needs --val_files here')
     splits = {split: [Joined(tuple(parts))] for split, parts in splits.items()}
-    prepare(out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+    prepare(out_dir, args.tokenizer, splits, origin, end=False, **how(args))
     return 0
 
 
