@@ -54,7 +54,8 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-from data.sources import CorpusError, TextFile, named
+from data.files import CorpusError
+from data.sources import read_text
 from data.tokendata import eval_batch, open_data
 from data.tokenizer import from_spec
 from data.tokenizer import load as load_tokenizer
@@ -100,7 +101,7 @@ def loss_on(model: GPT, tokens, window: int, stride: int, batch_size: int, devic
             torch.from_numpy(a).to(device) for a in eval_batch(tokens, starts, skip, i, batch_size, window)
         )
         with autocast():
-            mean = linear_cross_entropy(model.hidden(x), real, y, ignore_index=-1)
+            mean = linear_cross_entropy(model.hidden(x), real, y, softcap=model.config.softcap)
         n = int((y != -1).sum())
         total, count = total + mean.item() * n, count + n
     return total / count
@@ -116,8 +117,7 @@ def measure(
                 f'text={k.text!r}: {k.out_dir} was trained on plain token files, no tokenizer is known'
             )
         try:
-            with named(source := TextFile(k.text)):
-                text = ''.join(source.texts())  # as it would be prepared
+            text = read_text(k.text)
         except CorpusError as e:
             raise ConfigError(f'text={k.text!r} cannot be read as UTF-8 text ({e})') from None
         tokens = np.array(begin + tokenizer.encode(text), dtype=np.int64)

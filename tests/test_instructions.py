@@ -19,12 +19,13 @@ from runs.text import document_start, stream_text
 def run(gpt2_folder, tmp_path_factory, root):
     """prepare.py, then train.py with config/rugpt_reflex.py, made small: its folder and what it said."""
     folder = tmp_path_factory.mktemp('instructions')
-    rows = [json.dumps(row, ensure_ascii=False) for row in INSTRUCTIONS * 40]
-    (folder / 'rows.jsonl').write_text('\n'.join(rows), encoding='utf-8')
-    prepare = (
-        f'data/russian_instructions/prepare.py --files {folder / "rows.jsonl"} --tokenizer {gpt2_folder}'
-    )
-    prepare += f' --out_dir {folder / "data"} --val_fraction 0.05 --num_proc 1'
+    new = [{**row, 'question': row['question'].replace('Какая', 'Назови:')} for row in INSTRUCTIONS]
+    for name, content in (('rows', INSTRUCTIONS * 40), ('val', new * 2)):
+        rows = [json.dumps(row, ensure_ascii=False) for row in content]
+        (folder / f'{name}.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    prepare = 'data/russian_instructions/prepare.py'
+    prepare += f' --files {folder / "rows.jsonl"} --val_files {folder / "val.jsonl"}'
+    prepare += f' --tokenizer {gpt2_folder} --out_dir {folder / "data"} --num_proc 1'
     train = f'train.py config/rugpt_reflex.py --init_from={gpt2_folder} --dataset={folder / "data"}'
     train += (
         f' --out_dir={folder / "run"} --n_embd=96 --block_size=64 --dropout=0 --gradient_accumulation_steps=1'
