@@ -39,7 +39,7 @@ import train
 from compare import Arm, CompareError, Run, find_runs, read_run, unlike
 from configurator import ConfigError, configure, run_program
 from data.tokendata import open_data
-from runs.checkpoint import FolderLock
+from runs.files import FolderLock
 from runs.metrics import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parent

@@ -41,6 +41,7 @@ from data.tokendata import DataError, eval_batch, eval_starts, get_batch, open_d
 from data.tokenizer import from_spec
 from model import GPTConfig, LanguageModel
 from runs import checkpoint, metrics, pretrained
+from runs.files import FileError, FolderLock, remove_stale
 from runs.optimizer import make_optimizer
 from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
 from sample import document_start, stream_text
@@ -539,7 +540,7 @@ def main(argv: list[str]) -> int:
             dist.init_process_group(backend, timeout=timedelta(seconds=k.dist_timeout))
             dist.barrier()
 
-    with checkpoint.FolderLock(out_dir) if rank == 0 else contextlib.nullcontext():
+    with FolderLock(out_dir) if rank == 0 else contextlib.nullcontext():
         if rank == 0 and there != [name for name in RUN_FILES if (out_dir / name).exists()]:
             raise ConfigError(f'{out_dir}: another run has been at work here just now; start again')
         # rank 0 goes first: what is wrong is said once, and the others find everything prepared and verified
@@ -625,7 +626,7 @@ def train(
         if not resumed:  # nothing is here, or it is told to go
             for name in RUN_FILES:
                 (out_dir / name).unlink(missing_ok=True)
-        checkpoint.remove_stale(out_dir)
+        remove_stale(out_dir)
         run = {
             'config': asdict(k),
             'command': ' '.join(argv),
@@ -822,7 +823,7 @@ def train(
             wandb.summary({'status': status, 'best_val_loss': best_val_loss, 'peak_memory_bytes': memory})
             wandb.finish(exit_code=int(status == 'failed'))
             # after a failure, which has its own message, what goes wrong here is no news
-            with contextlib.suppress(*[checkpoint.CheckpointError] * (status == 'failed')):
+            with contextlib.suppress(*[FileError] * (status == 'failed')):
                 saver.wait(k.dist_timeout)
                 log.update(**end)
             log.close()

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from runs.checkpoint import CheckpointError, write_failed, write_text
+from runs import files
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS, RUN = 'metrics.jsonl', 'run.json'
@@ -121,7 +121,7 @@ class Metrics:
     """The run's record. One line per call of log(); run.json is rewritten whole by update().
 
     resume_iter: of the checkpoint that the run goes on from, or None for a new run. Later lines are dropped
-    first, since the resumed run writes them again. Raises CheckpointError where nothing can be written.
+    first, since the resumed run writes them again. Raises FileError where nothing can be written.
     """
 
     def __init__(self, out_dir: str | Path, run: dict, resume_iter: int | None = None):
@@ -131,8 +131,8 @@ class Metrics:
             try:
                 kept = [record for record in read_jsonl(self.path) if record['iter'] <= resume_iter]
             except ValueError as e:
-                raise CheckpointError(str(e)) from None
-            write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
+                raise files.FileError(str(e)) from None
+            files.write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
         self.file = open(self.path, 'w' if resume_iter is None else 'a', encoding='utf-8')
         self.update()
 
@@ -143,7 +143,7 @@ class Metrics:
             self.file.write(json.dumps(clean) + '\n')
             self.file.flush()
         except OSError as e:
-            raise CheckpointError(write_failed(self.path, e)) from e
+            raise files.FileError(files.write_failed(self.path, e)) from e
 
     def sync(self):
         """Have what was logged on the disk, so that no power cut leaves a checkpoint without its metrics."""
@@ -151,7 +151,7 @@ class Metrics:
 
     def update(self, **fields):
         self.run.update(fields)
-        write_text(self.out_dir / RUN, json.dumps(self.run, indent=1) + '\n')
+        files.write_text(self.out_dir / RUN, json.dumps(self.run, indent=1) + '\n')
 
     def close(self):
         self.file.close()
