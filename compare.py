@@ -15,35 +15,29 @@ Holm's correction over the arms. Unfinished and failed runs are named and never 
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import math
 import re
+import shlex
 import statistics
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from scipy import stats
-
-from configurator import UserError, run_program
-from runs.metrics import BEFORE, METRICS, RUN, read_jsonl
-
-matplotlib.use('Agg')  # needs no display
-import matplotlib.pyplot as plt
-
-plt.rcParams['font.size'] = 9
+from configurator import ConfigError, UserError, configure, run_program
+from runs.records import Arm, Run, find_runs, unlike, validation_set, what_is_learned
 
 ROOT = Path(__file__).resolve().parent
 
-# Knobs that do not change what a run learns: they may differ within an arm
-SESSION = set(
-    'out_dir overwrite init_from seed eval_only log_interval sample_tokens checkpoint_interval '
-    'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
-    'dist_timeout'.split()
-)
+
+@dataclass(frozen=True)
+class Knobs:
+    baseline: str = ''  # the arm that others are compared with; '' = vanilla, else the first
+    arms: str = ''  # only these arms, separated by commas, and the baseline
+    name: str = ''  # of the comparison; '' = the name of the first folder
+    out: str = 'charts'  # the folder in which NAME/ is written
+    insert: str = ''  # a Markdown file: put the table between its markers <!-- NAME --> as well
+
+
 # Okabe and Ito's colours without yellow, which a white page swallows; the baseline is black
 COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']
 DASHES = ['', '6 3', '2 2', '8 3 2 3']
@@ -51,164 +45,7 @@ SHOWN_FROM = 0.3  # of the steps: the y axis fits what comes after, the steep st
 
 
 class CompareError(UserError):
-    """Runs that cannot be compared: which, why, and the mend, in one line."""
-
-
-# -----------------------------------------------------------------------------
-# Reading
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    arm: str
-    seed: int
-    run: dict  # run.json
-    evals: list  # lines of metrics.jsonl with a validation loss
-    tokens_per_s: float | None  # median over its logged steps
-    mfu: float | None
-    state: str  # 'finished', or in words why it does not count
-
-    @property
-    def finished(self) -> bool:
-        return self.state == 'finished'
-
-    @property
-    def config(self) -> dict:
-        return self.run['config']
-
-    @property
-    def val_loss(self) -> float:
-        """At the last step; no stopping where it happens to be lowest."""
-        return self.evals[-1]['val/loss']
-
-    @property
-    def train_loss(self) -> float:
-        return self.evals[-1]['train/loss']
-
-    @property
-    def peak_memory(self) -> int | None:
-        return self.run.get('peak_memory_bytes')
-
-
-def read_run(folder: Path, arm: str) -> Run:
-    """The run in a folder; what is missing or broken there becomes its state, not an exception."""
-    try:
-        run = json.loads((folder / RUN).read_text(encoding='utf-8'))
-        records = read_jsonl(folder / METRICS)
-        config, status = run['config'], run['status']
-        seed, last, total = config['seed'], max((r['iter'] for r in records), default=0), config['max_iters']
-        # what a comparison cannot do without
-        _ = [config[name] for name in ('eval_iters', 'batch_size', 'block_size')]
-        per_step, _ = run['tokens_per_step'], run['model']['flops_per_token']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        number = re.fullmatch(r'seed(\d+)', folder.name)
-        reason = f'its files cannot be read ({type(e).__name__}: {e})'
-        return Run(folder, arm, int(number[1]) if number else -1, {}, [], None, None, reason)
-    evals = [r for r in records if 'val/loss' in r]
-    steps = [r for r in records if 'tokens_per_s' in r]
-    # the first line of a process holds the compilation; a median does not see it
-    speeds = [r['tokens_per_s'] for r in steps if r['iter'] > 1] or [r['tokens_per_s'] for r in steps]
-    mfus = [r['mfu'] for r in steps if r['iter'] > 1 and r.get('mfu')]
-    state = 'finished'
-    if status != 'finished':
-        error = run.get('error') or ''
-        state = f'{status} at step {last} of {total}' + (f' ({error.split(";")[0]})' if error else '')
-    elif not evals or evals[-1]['iter'] < total:
-        state = f'ended without an evaluation at its last step, {total}'
-    elif evals[-1]['val/loss'] is None:
-        state = f'the validation loss is not a number at step {total}'
-    evals = [r for r in evals if r['val/loss'] is not None and r['train/loss'] is not None]
-    evals = [{**r, 'tokens': r['iter'] * per_step} for r in evals]
-    return Run(
-        folder,
-        arm,
-        seed,
-        run,
-        evals,
-        statistics.median(speeds) if speeds else None,
-        statistics.median(mfus) if mfus else None,
-        state,
-    )
-
-
-def find_runs(arguments: list[str]) -> list[Run]:
-    """The runs under `PATH` or `NAME=PATH` arguments, each with the name of its arm.
-
-    An arm is named by NAME, else by the folder that holds seed<k> folders, else by the run's own folder; of
-    those last ones, runs whose configs differ only in the seed are one arm.
-    """
-    found, loose, roots, named = [], [], {}, False
-    for argument in arguments:
-        name, equals, path = argument.partition('=')
-        named = named or bool(equals)
-        root = Path(path if equals else argument)
-        folders = sorted({p.parent for what in (RUN, METRICS) for p in root.rglob(what)}, key=_natural)
-        if not folders:
-            raise CompareError(
-                f'{root}: no {RUN} or {METRICS} there or below; give the folder of a run, or of many'
-            )
-        for folder in folders:
-            full = folder.resolve()
-            roots[folder] = root.resolve()
-            if equals:
-                found.append(read_run(folder, name))
-            elif re.fullmatch(r'seed\d+', full.name):
-                found.append(read_run(folder, full.parent.name))
-            else:
-                loose.append(read_run(folder, full.name))
-    alike = {}
-    for run in loose:
-        key = json.dumps(what_is_learned(run.run['config']), sort_keys=True) if run.run else run.folder
-        alike.setdefault(key, []).append(run)
-    names = [_in_common(runs) for runs in alike.values()]
-    for name, runs in zip(names, alike.values(), strict=True):
-        found += [replace(r, arm=name if names.count(name) == 1 else runs[0].arm) for r in runs]
-    # the same arm in two experiments: the experiment's name tells them apart
-    if not named and len({(r.arm, r.seed) for r in found}) < len(found) and len(set(roots.values())) > 1:
-        found = [replace(r, arm=f'{roots[r.folder].name}/{r.arm}') for r in found]
-    seen = {}
-    for run in found:
-        if (run.arm, run.seed) in seen:
-            raise CompareError(
-                f'{seen[run.arm, run.seed]} and {run.folder} are both seed {run.seed} of {run.arm!r}: leave '
-                'one out, or name them apart: NAME=PATH'
-            )
-        seen[run.arm, run.seed] = run.folder
-    return found
-
-
-def _in_common(runs: list[Run]) -> str:
-    """What the folders of runs that differ only in the seed are called but for it: a-s1 and a-s2 are a."""
-    names = {re.sub(rf'([-_.]+(seed|s)?|seed){r.seed}$', '', r.arm) if len(runs) > 1 else r.arm for r in runs}
-    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return re.sub(r'[-_.]+(seed|s)?$', '', ''.join(letters[0] for letters in same)) or runs[0].arm
-
-
-def _natural(path: Path):
-    """Sort key that puts seed10 after seed9."""
-    return [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r'(\d+)', str(path))
-    ]
-
-
-def what_is_learned(config: dict) -> dict:
-    """The knobs that decide what a run learns, of where it started only whether from other weights."""
-    learned = {name: value for name, value in {**BEFORE, **config}.items() if name not in SESSION}
-    if config.get('optimizer') != 'muon':
-        del learned['muon_qkv']
-    if config.get('init_from') not in (None, 'scratch', 'resume', 'auto'):
-        learned['init_from'] = config['init_from']
-    return learned
-
-
-def validation_set(run: Run):
-    """What the validation loss is a mean over. The whole split is the same tokens whatever the block size."""
-    config, data = run.config, run.run.get('data') or {}
-    windows, size = config['eval_iters'] * config['batch_size'], config['block_size']
-    targets = (data.get('tokens') or {}).get('val', math.inf) - 1
-    whole = windows == 0 or windows * size >= targets
-    return data.get('fingerprint'), 'every token' if whole else f'{windows} windows of {size} tokens'
+    """Runs that cannot be compared: which, why, and the fix, in one line."""
 
 
 # -----------------------------------------------------------------------------
@@ -238,6 +75,8 @@ def paired(new: dict[int, float], base: dict[int, float]) -> Difference | None:
         return Difference(seeds, values, mean, None, None, None)
     if len(set(values)) == 1:  # identical models: t has no spread to divide by
         return Difference(seeds, values, mean, mean, mean, 1.0 if mean == 0 else None)
+    from scipy import stats  # here: it takes a second to import, and --help needs none of it
+
     test = stats.ttest_rel([new[s] for s in seeds], [base[s] for s in seeds])
     interval = test.confidence_interval(0.95)
     return Difference(seeds, values, mean, float(interval.low), float(interval.high), float(test.pvalue))
@@ -253,28 +92,15 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-class Arm:
-    """The runs of one arm and what they come to."""
+class Compared(Arm):
+    """An arm in a comparison: how it is drawn, and how it stands to the baseline."""
 
     def __init__(self, name: str, runs: list[Run]):
-        self.name = name
-        self.runs = sorted(runs, key=lambda r: r.seed)
-        self.finished = [r for r in self.runs if r.finished]
-        # a run that stands for the arm in what its runs agree in; None if no file of any can be read
-        self.one = next((r for r in [*self.finished, *self.runs] if r.run), None)
-        self.speed = self.mean('tokens_per_s')
+        super().__init__(name, runs)
         self.colour, self.dash = '#000000', ''
         self.difference: Difference | None = None  # of the validation loss to the baseline's
         self.p_holm: float | None = None
         self.speedup: Difference | None = None  # of log tokens per second to the baseline's
-
-    def by_seed(self, name: str) -> dict[int, float]:
-        """seed -> an attribute of the finished run, where it is known."""
-        return {r.seed: getattr(r, name) for r in self.finished if getattr(r, name) is not None}
-
-    def mean(self, name: str) -> float | None:
-        values = list(self.by_seed(name).values())
-        return statistics.fmean(values) if values else None
 
     def points(self, base: Arm | None) -> list[dict]:
         """One per evaluation that every finished run has: means and spread over seeds, and what it cost."""
@@ -289,9 +115,10 @@ class Arm:
             point = {'iter': it, 'tokens': tokens, 'flops': tokens * flops}
             point['seconds'] = tokens / self.speed if self.speed else None
             for name in ('val', 'train'):
-                values = [evals[it][f'{name}/loss'] for evals in runs.values()]
-                point[name] = statistics.fmean(values)
-                point[f'{name}_sd'] = statistics.stdev(values) if len(values) > 1 else 0.0
+                values = [evals[it].get(f'{name}/loss') for evals in runs.values()]
+                known = None not in values
+                point[name] = statistics.fmean(values) if known else None
+                point[f'{name}_sd'] = statistics.stdev(values) if known and len(values) > 1 else 0.0
             point['seeds'] = {seed: evals[it]['val/loss'] for seed, evals in runs.items()}
             d = paired(
                 point['seeds'], {s: evals[it]['val/loss'] for s, evals in others.items() if it in evals}
@@ -315,7 +142,7 @@ class Comparison:
         if baseline is None and len(names) > 1:
             baseline = 'vanilla' if 'vanilla' in names else names[0]
         names = [n for n in names if chosen is None or n in (*chosen, baseline)]
-        arms = [Arm(n, [r for r in runs if r.arm == n]) for n in names]
+        arms = [Compared(n, [r for r in runs if r.arm == n]) for n in names]
         self.base = next((a for a in arms if a.name == baseline), None)
         self.others = sorted(
             (a for a in arms if a is not self.base), key=lambda a: a.mean('val_loss') or math.inf
@@ -339,7 +166,7 @@ class Comparison:
             arm.p_holm = p
 
 
-def refuse_other_validation_sets(arms: list[Arm]):
+def refuse_other_validation_sets(arms: list[Compared]):
     """Losses over different tokens say nothing about each other."""
     sets = {}
     for run in (r for a in arms for r in a.runs if r.run):
@@ -367,7 +194,7 @@ APART = {  # what follows where two runs of a pair differ in one of their `surro
 }
 
 
-def cautions(arms: list[Arm], base: Arm | None):
+def cautions(arms: list[Compared], base: Compared | None):
     """What is not equal and should be, and what is too little, line by line: shown above everything else."""
     for arm in arms:
         for run in (r for r in arm.runs if not r.finished):
@@ -420,12 +247,6 @@ def surroundings(run: Run) -> dict:
     }
 
 
-def unlike(a: dict, b: dict) -> list[tuple]:
-    """(knob, value in a, value in b) for every knob of learning in which two configs differ."""
-    a, b = what_is_learned(a), what_is_learned(b)
-    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-
-
 # -----------------------------------------------------------------------------
 # Text
 
@@ -454,7 +275,7 @@ def probability(p: float | None) -> str:
     return NOTHING if p is None else '< 0.0001' if p < 0.0001 else f'{p:.4f}'
 
 
-def verdict(arm: Arm) -> str:
+def verdict(arm: Compared) -> str:
     if arm.p_holm is None:
         return 'not tested'
     return 'no difference shown' if arm.p_holm >= 0.05 else 'better' if arm.difference.mean < 0 else 'worse'
@@ -574,7 +395,17 @@ X_AXES = {
 }
 
 
-def style(arm: Arm) -> dict:
+def figure_of(columns: int, size: tuple, **options):
+    """A figure and its axes in a row. matplotlib is imported here, because it takes a second to import."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {'font.size': 9, 'text.parse_math': False}  # a $ in a name is a $
+    figure = Figure(figsize=size, layout='constrained')
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def style(arm: Compared) -> dict:
     return {'color': arm.colour, 'linestyle': (0, tuple(map(float, arm.dash.split()))) if arm.dash else '-'}
 
 
@@ -616,7 +447,7 @@ def legend_below(figure, ax, columns: int):
 
 
 def draw_loss(c: Comparison):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout='constrained')
+    figure, axes = figure_of(2, (10, 4.4))
     for ax, y, name in zip(axes, ('train', 'val'), ('training', 'validation'), strict=True):
         draw_curves(ax, c, 'iter', y)
         ax.set_ylabel(f'{name} loss, nats per token')
@@ -625,7 +456,7 @@ def draw_loss(c: Comparison):
 
 
 def draw_cost(c: Comparison):
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), layout='constrained', sharey=True)
+    figure, axes = figure_of(3, (12, 4.2), sharey=True)
     for ax, x in zip(axes, ('tokens', 'flops', 'seconds'), strict=True):
         draw_curves(ax, c, x, 'val')
     axes[0].set_ylabel('validation loss, nats per token')
@@ -637,7 +468,7 @@ def draw_difference(c: Comparison):
     """Where arms ended, seed by seed, and how the difference went on the way there."""
     compared = [a for a in c.others if a.difference]
     height = max(3.6, 1.4 + 0.34 * len(compared))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout='constrained')
+    figure, (left, right) = figure_of(2, (11, height))
     shown, ends = [0.0], []
     for row, arm in enumerate(compared):
         d = arm.difference
@@ -684,10 +515,8 @@ def draw_speed(c: Comparison):
     if any(a.mean('mfu') for a in arms):
         panels['mfu'] = 'MFU: share of the peak FLOP/s of the device'
     size = (5.5 * len(panels) + 1, max(2.4, 1 + 0.32 * len(arms)))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, layout='constrained', squeeze=False, sharey=True
-    )
-    for ax, (name, label) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = figure_of(len(panels), size, sharey=True)
+    for ax, (name, label) in zip(axes, panels.items(), strict=True):
         for row, arm in enumerate(arms):
             values = list(arm.by_seed(name).values())
             ax.barh(row, arm.mean(name) or 0, color=arm.colour, alpha=0.75, height=0.65)
@@ -695,7 +524,7 @@ def draw_speed(c: Comparison):
         ax.set_yticks(range(len(arms)), [a.name for a in arms])
         ax.set_xlabel(label)
         ax.grid(axis='x', alpha=0.25, linewidth=0.5)
-    axes[0][0].set_ylim(len(arms) - 0.5, -0.5)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure
 
 
@@ -710,7 +539,6 @@ def draw(c: Comparison, folder: Path):
         path = folder / f'{name}.png'
         if name in figures:  # without the drawing program's version: the same results give the same bytes
             figures[name].savefig(path, dpi=110, metadata={'Software': None})
-            plt.close(figures[name])
         else:
             path.unlink(missing_ok=True)
 
@@ -762,34 +590,24 @@ def page(c: Comparison, title: str, command: str) -> str:
 # -----------------------------------------------------------------------------
 
 
-def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    option = parser.add_argument
-    option('results', nargs='+', metavar='[NAME=]PATH', help='folders of runs, or of trees of runs')
-    option('--baseline', help="the arm that others are compared with ('vanilla', else the first)")
-    option('--arms', help='only these arms, separated by commas (and the baseline)')
-    option('--name', help='of the comparison (the name of the first folder)')
-    option('--out', type=Path, default=Path('charts'), help='the folder in which NAME/ is written (charts)')
-    option('--insert', type=Path, metavar='FILE.md', help='also put the table between the markers there')
-    args = parser.parse_args(argv)
-    command = 'python compare.py ' + ' '.join(argv)
-    try:
-        c = Comparison(find_runs(args.results), args.baseline, args.arms.split(',') if args.arms else None)
-        name = args.name or Path(args.results[0].rpartition('=')[2]).resolve().name
-        folder = args.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(c, folder)
-        text = markdown(c, name, command)
-        (folder / 'table.md').write_text(text, encoding='utf-8')
-        (folder / 'index.html').write_text(page(c, name, command), encoding='utf-8')
-        if args.insert:
-            insert(text, name, args.insert)
-    except CompareError as e:
-        sys.exit(f'compare.py: {e}')
+def main(argv: list[str]) -> int:
+    k, _, paths = configure(Knobs, argv, __doc__, words='[NAME=]PATH …')
+    if not paths:
+        raise ConfigError('which runs? Give their folders, or one that holds them: compare.py results/4-cpu')
+    c = Comparison(find_runs(paths), k.baseline or None, k.arms.split(',') if k.arms else None)
+    command = 'python compare.py ' + shlex.join(argv)
+    name = k.name or Path(paths[0].rpartition('=')[2]).resolve().name
+    folder = Path(k.out) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(c, folder)
+    text = markdown(c, name, command)
+    (folder / 'table.md').write_text(text, encoding='utf-8')
+    (folder / 'index.html').write_text(page(c, name, command), encoding='utf-8')
+    if k.insert:
+        insert(text, name, Path(k.insert))
     print(text)
     print(f'{folder.as_posix()}/: table.md, index.html and the charts')
+    return 0
 
 
 if __name__ == '__main__':

@@ -36,11 +36,10 @@ from functools import cache
 from pathlib import Path
 
 import train
-from compare import Arm, CompareError, Run, find_runs, read_run, unlike
 from configurator import ConfigError, configure, run_program
 from data.tokendata import open_data
 from runs.files import FolderLock
-from runs.metrics import METRICS, RUN, read_jsonl
+from runs.records import METRICS, RUN, Arm, RecordError, Run, find_runs, read_jsonl, read_run, unlike
 
 ROOT = Path(__file__).resolve().parent
 PROGRAM = ROOT / 'train.py'
@@ -457,7 +456,7 @@ class Plan:
         """
         try:
             runs = find_runs([str(self.args.results / self.name)])
-        except CompareError:
+        except RecordError:
             runs = []
         arms = {name: Arm(name, [r for r in runs if r.arm == name]) for name in {r.arm for r in runs}}
         missing = [

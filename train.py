@@ -43,6 +43,7 @@ from model import GPTConfig, LanguageModel
 from runs import checkpoint, metrics, pretrained
 from runs.files import FileError, FolderLock, remove_stale
 from runs.optimizer import make_optimizer
+from runs.records import BEFORE
 from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
 from sample import document_start, stream_text
 
@@ -373,7 +374,7 @@ class TrainingError(UserError):
 
 def saved_knobs(config: dict, where) -> Knobs:
     """The knobs that a run.json has under 'config'; where: its path, for errors. ConfigError."""
-    return from_dict(Knobs, {**metrics.BEFORE, **config} if isinstance(config, dict) else config, where)
+    return from_dict(Knobs, {**BEFORE, **config} if isinstance(config, dict) else config, where)
 
 
 def resume_knobs(k: Knobs, given: dict, say) -> Knobs:

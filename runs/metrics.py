@@ -19,11 +19,9 @@ from statistics import median
 import torch
 
 from runs import files
+from runs.records import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS, RUN = 'metrics.jsonl', 'run.json'
-# What runs did that do not name these knobs, because they are older, where that is not today's default
-BEFORE = {'muon_qkv': 'whole'}
 WANDB_SECONDS = 60  # that wandb gets at the end to send what is left
 
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s, by a part of the device's name; the first match counts.
@@ -102,19 +100,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
-    lines = Path(path).read_text(encoding='utf-8', errors='replace').split('\n')
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records += [json.loads(line)] if line else []
-        except json.JSONDecodeError as e:
-            if number < len(lines):
-                raise ValueError(f'{path}, line {number} is not JSON ({e.msg}): delete the line') from None
-    return records
 
 
 class Metrics:

@@ -19,6 +19,7 @@ import train
 from configurator import ConfigError
 from runs import metrics
 from runs.checkpoint import MODELS
+from runs.records import find_runs, unlike, what_is_learned
 
 RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at the one beyond
 # Takes train.py's place: the same arguments and files, a loss that is a formula, no torch.
@@ -94,7 +95,7 @@ def calls(tmp_path):
 
 def losses(tmp_path, tree):
     """{arm/seed: final loss} of what is in the results."""
-    runs = compare.find_runs([str(tmp_path / 'results' / tree)])
+    runs = find_runs([str(tmp_path / 'results' / tree)])
     return {f'{r.arm}/{r.seed}': r.val_loss for r in runs if r.finished}
 
 
@@ -105,7 +106,7 @@ def test_every_arm_is_a_model_and_differs_from_the_others(name, scale, tmp_path)
     parsed = parse(name, f'--scale={scale}', *args)
     plan = experiments.Plan(parsed, [])
     knobs = [plan.job('t', arm, 0, 1e-3).knobs for arm in plan.arms]
-    learned = [json.dumps(compare.what_is_learned(asdict(k)), sort_keys=True) for k in knobs]
+    learned = [json.dumps(what_is_learned(asdict(k)), sort_keys=True) for k in knobs]
     assert len(set(learned)) == len(plan.arms)
     for k in knobs:
         with torch.device('meta'):
@@ -178,12 +179,12 @@ def test_a_sweep_per_arm_on_its_own_seeds_then_paired_runs(lab, tmp_path, capsys
         *(f'vanilla-lr{rate}/1000' for rate in ('0.001', '0.002', '0.004')),
         *(f'reflex_all-lr{rate}/1000' for rate in ('0.001', '0.002', '0.004', '0.008', '0.016')),
     }
-    runs = {(r.arm, r.seed): r for r in compare.find_runs([str(tmp_path / 'results/4-cpu')])}
+    runs = {(r.arm, r.seed): r for r in find_runs([str(tmp_path / 'results/4-cpu')])}
     assert set(runs) == {(arm, seed) for arm in ('vanilla', 'reflex_all') for seed in (0, 1)}
     assert runs['vanilla', 0].config['learning_rate'] == 2e-3
     assert runs['reflex_all', 1].config['learning_rate'] == 8e-3
     assert runs['vanilla', 1].config['max_iters'] == 12
-    sweep = compare.find_runs([str(tmp_path / 'results/4-cpu-lr')])
+    sweep = find_runs([str(tmp_path / 'results/4-cpu-lr')])
     assert {r.config['max_iters'] for r in sweep} == {3} and {r.seed for r in sweep} == {1000}
     # small files only, no checkpoint left behind
     names = {p.name for p in (tmp_path / 'results').rglob('*') if p.is_file()}
@@ -225,7 +226,7 @@ def test_equal_seconds_and_flops_go_by_the_runs_of_equal_steps(lab, tmp_path):
     assert lab(*common, '--jobs=4') == 0
     for equal in ('seconds', 'flops'):
         assert lab(*common, '--jobs=4', f'--equal={equal}') == 0
-        runs = compare.find_runs([str(tmp_path / f'results/4-cpu-{equal}')])
+        runs = find_runs([str(tmp_path / f'results/4-cpu-{equal}')])
         assert {(r.arm, r.config['max_iters']) for r in runs} == {('cla', 24)}
 
 
@@ -247,7 +248,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_crashes_is_not(lab, tmp_pa
     common = ('4', '--arms=vanilla', '--learning_rate=2e-3', '--seeds=8', '--jobs=4')
     assert lab(*common) == 0
     assert 'vanilla seed7: ended with 3' in capsys.readouterr().out
-    (run,) = (r for r in compare.find_runs([str(tmp_path / 'results/4-cpu')]) if r.seed == 7)
+    (run,) = (r for r in find_runs([str(tmp_path / 'results/4-cpu')]) if r.seed == 7)
     assert run.state == 'failed at step 5 of 12 (TrainingError: iteration 5: loss nan)'
     before = len(calls(tmp_path))
     assert lab(*common) == 0 and len(calls(tmp_path)) == before, 'it would diverge again'
@@ -269,7 +270,7 @@ def test_the_clock_stops_it_and_the_same_command_goes_on(lab, tmp_path, capsys):
     )  # 0.1 s a step
     assert lab(*slow, '--minutes=0.01') == 0
     assert 'stopped (time is up); the same command goes on' in capsys.readouterr().out
-    (run,) = compare.find_runs([str(tmp_path / 'results/4-cpu')])
+    (run,) = find_runs([str(tmp_path / 'results/4-cpu')])
     assert run.state.startswith('stopped at step ') and not run.finished, 'shown as what it is'
     assert lab(*slow) == 0 and losses(tmp_path, '4-cpu') == {'vanilla/0': 4.0}
     iters = [
@@ -312,7 +313,7 @@ sys.exit(experiments.main(sys.argv[1:]))
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and 'stopped (SIGTERM); the same command goes on' in out
-    runs = compare.find_runs([str(tmp_path / 'results/4-cpu')])
+    runs = find_runs([str(tmp_path / 'results/4-cpu')])
     assert len(runs) == 2 and all(r.state.startswith('stopped at step') for r in runs)
 
 
@@ -345,9 +346,9 @@ def test_an_arm_of_ones_own(lab, tmp_path):
     mine = tmp_path / 'mine.py'
     mine.write_text("attention = 'vanilla'\nqk_norm = True\n", encoding='utf-8')
     assert lab('4', str(mine), '--arms=vanilla,mine', '--learning_rate=2e-3', '--seeds=1') == 0
-    runs = {r.arm: r for r in compare.find_runs([str(tmp_path / 'results/4-cpu')])}
+    runs = {r.arm: r for r in find_runs([str(tmp_path / 'results/4-cpu')])}
     assert set(runs) == {'vanilla', 'mine'}
-    assert compare.unlike(runs['mine'].config, runs['vanilla'].config) == [('qk_norm', True, None)]
+    assert unlike(runs['mine'].config, runs['vanilla'].config) == [('qk_norm', True, None)]
 
 
 def test_status_and_mistakes(lab, tmp_path, capsys):
@@ -409,7 +410,7 @@ def test_a_real_run(tmp_path):
     command += [f'--dataset={data}', '--vocab_size=64', '--n_embd=32', '--block_size=16', '--eval_iters=1']
     command += [f'--results={tmp_path / "results"}', f'--work={tmp_path / "work"}', '--compile=false']
     assert experiments.main(command) == 0
-    (run,) = compare.find_runs([str(tmp_path / 'results/4-cpu')])
+    (run,) = find_runs([str(tmp_path / 'results/4-cpu')])
     assert run.finished and run.config['head_split'] == '4-2-2' and 3 < run.val_loss < 5
     assert [e['iter'] for e in run.evals] == [0, 3]
     assert experiments.main(command) == 0, 'finished, with the settings that were asked for'

@@ -1,0 +1,454 @@
+"""What runs leave behind, read and checked: run.json and metrics.jsonl in a folder, gathered into arms.
+
+A run is a folder with both files, or a line of NAME.jsonl: a study that is kept is one text file, which
+stands for a folder NAME beside it with a folder per run. Everything that reads runs comes here, so what a
+file may hold is declared and checked in one place. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import UserError
+
+METRICS, RUN, README = 'metrics.jsonl', 'run.json', 'README.md'
+PACK = '.jsonl'  # NAME.jsonl holds the runs of the folder NAME
+# What runs did that do not name these knobs, because they are older, where that is not today's default
+BEFORE = {'muon_qkv': 'whole'}
+# Knobs that do not change what a run learns: they may differ within an arm
+SESSION = set(
+    'out_dir overwrite init_from seed eval_only log_interval sample_tokens checkpoint_interval '
+    'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
+    'dist_timeout'.split()
+)
+
+
+class RecordError(UserError):
+    """Records of runs that cannot be used: which, why, and the fix, in one line."""
+
+
+# -----------------------------------------------------------------------------
+# What the files may hold
+
+
+class Kind(NamedTuple):
+    words: str
+    fits: Callable
+
+
+def _whole(value, least: int) -> bool:
+    return type(value) is int and least <= value <= sys.float_info.max
+
+
+COUNT = Kind('a whole number of 0 or more', lambda value: _whole(value, 0))
+POSITIVE = Kind('a whole number of 1 or more', lambda value: _whole(value, 1))
+NUMBER = Kind(
+    'a finite number', lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
+)
+TEXT = Kind('text', lambda value: isinstance(value, str))
+
+# As far as it is read here. A name that ends in ? may be missing or null.
+RUN_SHAPE = {
+    'status': TEXT,
+    'error?': TEXT,
+    'commit?': TEXT,
+    'threads?': COUNT,
+    'tokens_per_step': POSITIVE,
+    'peak_memory_bytes?': COUNT,
+    'config': {
+        'seed': COUNT,
+        'max_iters': COUNT,
+        'eval_iters': COUNT,
+        'batch_size': POSITIVE,
+        'block_size': POSITIVE,
+        'learning_rate': NUMBER,
+        'attention?': TEXT,
+        'head_split?': TEXT,
+        'optimizer?': TEXT,
+        'init_from?': TEXT,
+        'dataset?': TEXT,
+    },
+    'model': {
+        'params': COUNT,
+        'flops_per_token': NUMBER,
+        'cache_bytes_per_token': NUMBER,
+        'state_bytes?': NUMBER,
+    },
+    'data?': {'fingerprint?': TEXT, 'tokens?': {'val?': COUNT}, 'bytes_per_token?': {'val?': NUMBER}},
+    'device?': {'name?': TEXT, 'dtype?': TEXT, 'ranks?': COUNT},
+    'versions?': {'torch?': TEXT},
+}
+RECORD_SHAPE = {  # a line of metrics.jsonl: a logged step, an evaluation, or an event
+    'iter': COUNT,
+    'event?': TEXT,
+    'loss?': NUMBER,
+    'tokens_per_s?': NUMBER,
+    'mfu?': NUMBER,
+    'train/loss?': NUMBER,
+    'val/loss?': NUMBER,
+}
+
+
+def misfit(value, shape: dict, where: str = '') -> str:
+    """What of a value read from JSON is not as a shape declares it, in words; '' if everything is."""
+    if not isinstance(value, dict):
+        return f'{where or "it"} is {_shown(value)}, not a table of names and values'
+    for name, wanted in shape.items():
+        key, optional = name.removesuffix('?'), name.endswith('?')
+        place, inner = f'{where}.{key}' if where else key, value.get(key)
+        if inner is None:
+            if optional:
+                continue
+            return f'{place} is missing'
+        if isinstance(wanted, dict):
+            if wrong := misfit(inner, wanted, place):
+                return wrong
+        elif not wanted.fits(inner):
+            return f'{place} is {_shown(inner)}, not {wanted.words}'
+    return ''
+
+
+def _shown(value) -> str:
+    text = ' '.join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _json(text: str):
+    """A JSON value; NaN and Infinity, which JSON has not, become None. ValueError for anything else."""
+    try:
+        return json.loads(text, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError('its brackets are nested too deep') from None
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The lines of a metrics file, without a last one that a kill cut short. ValueError for a bad one."""
+    lines = Path(path).read_text(encoding='utf-8', errors='replace').split('\n')
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = _json(line)
+        except ValueError as e:
+            if number < len(lines):
+                reason = getattr(e, 'msg', e)
+                raise ValueError(f'{path}, line {number} is not JSON ({reason}): delete the line') from None
+            continue
+        if wrong := misfit(record, RECORD_SHAPE):
+            raise ValueError(f'{path}, line {number} is no record of a run ({wrong}): delete the line')
+        records.append(record)
+    return records
+
+
+# -----------------------------------------------------------------------------
+# A run
+
+
+class Stored(NamedTuple):
+    """What a run left. error: why it cannot be read; '' if it can."""
+
+    folder: Path  # where the files are, or were before they were packed
+    run: dict  # run.json
+    metrics: list[dict]  # lines of metrics.jsonl
+    error: str = ''
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    arm: str
+    seed: int
+    run: dict  # run.json
+    evals: list  # lines of metrics.jsonl with a validation loss
+    tokens_per_s: float | None  # median over its logged steps
+    mfu: float | None
+    state: str  # 'finished', or in words why it does not count
+    evaluated_from: int | None = None  # the iteration at which its evaluation settings changed, if they did
+
+    @property
+    def finished(self) -> bool:
+        return self.state == 'finished'
+
+    @property
+    def config(self) -> dict:
+        return self.run['config']
+
+    @property
+    def val_loss(self) -> float:
+        """At the last step; no stopping where it happens to be lowest."""
+        return self.evals[-1]['val/loss']
+
+    @property
+    def train_loss(self) -> float | None:
+        return self.evals[-1].get('train/loss')
+
+    @property
+    def peak_memory(self) -> int | None:
+        return self.run.get('peak_memory_bytes')
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the tokens that it was trained on."""
+        return (self.run.get('data') or {}).get('fingerprint')
+
+
+def read_folder(folder: Path) -> Stored:
+    """The run in a folder; what is missing or broken there becomes its error, not an exception."""
+    try:
+        run = _json((folder / RUN).read_text(encoding='utf-8'))
+        if wrong := misfit(run, RUN_SHAPE):
+            raise ValueError(f'{RUN}: {wrong}')
+        return Stored(folder, run, read_jsonl(folder / METRICS))
+    except (OSError, ValueError) as e:
+        return Stored(folder, {}, [], f'its files cannot be read ({e})')
+
+
+def read_run(folder: Path, arm: str) -> Run:
+    return judged(read_folder(folder), arm)
+
+
+def judged(stored: Stored, arm: str) -> Run:
+    """A stored run as one of an arm: its evaluations, its speed, and whether it counts."""
+    folder, run, metrics, error = stored
+    if error:
+        number = re.fullmatch(r'seed(\d+)', folder.name)
+        return Run(folder, arm, int(number[1]) if number else -1, {}, [], None, None, error)
+    config, per_step, total = run['config'], run['tokens_per_step'], run['config']['max_iters']
+    last = max((r['iter'] for r in metrics), default=0)
+    # what came before was evaluated on other windows than those that run.json names
+    changes = [i for i, r in enumerate(metrics) if r.get('event') == 'eval_changed']
+    evaluated_from = metrics[changes[-1]]['iter'] if changes else None
+    evals = [r for r in metrics[changes[-1] if changes else 0 :] if 'val/loss' in r]
+    steps = [r for r in metrics if 'tokens_per_s' in r]
+    # the first line of a process holds the compilation; a median does not see it
+    speeds, mfus = (
+        [r[name] for r in steps if r['iter'] > 1 and (r.get(name) or 0) > 0]
+        or [r[name] for r in steps if (r.get(name) or 0) > 0]
+        for name in ('tokens_per_s', 'mfu')
+    )
+    state = 'finished'
+    if run['status'] != 'finished':
+        reason = (run.get('error') or '').split(';')[0]
+        state = f'{run["status"]} at step {last} of {total}' + (f' ({reason})' if reason else '')
+    elif (twice := _twice(metrics)) is not None:
+        state = f'{METRICS} has two different records of iteration {twice}: more than one run wrote it'
+    elif not evals or evals[-1]['iter'] < total:
+        state = f'ended without an evaluation at its last step, {total}'
+        state += f'; its evaluation settings changed at step {evaluated_from}' if changes else ''
+    elif evals[-1]['val/loss'] is None:
+        state = f'the validation loss is not a number at step {total}'
+    evals = {r['iter']: {**r, 'tokens': r['iter'] * per_step} for r in evals if r['val/loss'] is not None}
+    return Run(
+        folder,
+        arm,
+        config['seed'],
+        run,
+        list(evals.values()),
+        statistics.median(speeds) if speeds else None,
+        statistics.median(mfus) if mfus else None,
+        state,
+        evaluated_from,
+    )
+
+
+def _twice(metrics: list[dict]) -> int | None:
+    """The first iteration that has two evaluations, or two logged steps, with different losses."""
+    seen = {}
+    for record in metrics:
+        if record.get('event') == 'eval_changed':
+            seen = {key: loss for key, loss in seen.items() if key[1] == 'loss'}
+        for name in ('loss', 'val/loss', 'train/loss'):
+            if name in record and seen.setdefault((record['iter'], name), record[name]) != record[name]:
+                return record['iter']
+    return None
+
+
+def what_is_learned(config: dict) -> dict:
+    """The knobs that decide what a run learns, of where it started only whether from other weights."""
+    learned = {name: value for name, value in {**BEFORE, **config}.items() if name not in SESSION}
+    if config.get('optimizer') != 'muon':
+        del learned['muon_qkv']
+    if config.get('init_from') not in (None, 'scratch', 'resume', 'auto'):
+        learned['init_from'] = config['init_from']
+    return learned
+
+
+def unlike(a: dict, b: dict) -> list[tuple]:
+    """(knob, value in a, value in b) for every knob of learning in which two configs differ."""
+    a, b = what_is_learned(a), what_is_learned(b)
+    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def validation_set(run: Run):
+    """What the validation loss is a mean over. The whole split is the same tokens whatever the block size."""
+    config, data = run.config, run.run.get('data') or {}
+    windows, size = config['eval_iters'] * config['batch_size'], config['block_size']
+    targets = ((data.get('tokens') or {}).get('val') or math.inf) - 1
+    whole = windows == 0 or windows * size >= targets
+    return data.get('fingerprint'), 'every token' if whole else f'{windows} windows of {size} tokens'
+
+
+# -----------------------------------------------------------------------------
+# An arm
+
+
+class Arm:
+    """The runs of one arm and what they come to."""
+
+    def __init__(self, name: str, runs: list[Run]):
+        self.name = name
+        self.runs = sorted(runs, key=lambda r: r.seed)
+        self.finished = [r for r in self.runs if r.finished]
+        # a run that stands for the arm in what its runs agree in; None if no file of any can be read
+        self.one = next((r for r in [*self.finished, *self.runs] if r.run), None)
+        self.speed = self.mean('tokens_per_s')
+
+    def by_seed(self, name: str) -> dict[int, float]:
+        """seed -> an attribute of the finished run, where it is known."""
+        return {r.seed: getattr(r, name) for r in self.finished if getattr(r, name) is not None}
+
+    def mean(self, name: str) -> float | None:
+        values = list(self.by_seed(name).values())
+        return statistics.fmean(values) if values else None
+
+
+def find_runs(arguments: list[str]) -> list[Run]:
+    """The runs under `PATH` or `NAME=PATH` arguments, each with the name of its arm.
+
+    An arm is named by NAME, else by the folder that holds seed<k> folders, else by the run's own folder; of
+    those last ones, runs whose configs differ only in the seed are one arm.
+    """
+    found, loose, roots, named = [], [], {}, False
+    for argument in arguments:
+        name, equals, path = argument.partition('=')
+        if equals and Path(argument).exists():  # a folder such as lr=0.1
+            name, equals, path = '', '', argument
+        if equals and not name:
+            raise RecordError(f'{argument}: give a name before the "=", or the path alone')
+        named = named or bool(equals)
+        root = Path(path if equals else argument)
+        for stored in find_stored(root):
+            full = stored.folder.resolve()
+            roots[stored.folder] = root.resolve()
+            if equals:
+                found.append(judged(stored, name))
+            elif re.fullmatch(r'seed\d+', full.name):
+                found.append(judged(stored, full.parent.name))
+            else:
+                loose.append(judged(stored, full.name))
+    alike = {}
+    for run in loose:
+        key = json.dumps(what_is_learned(run.config), sort_keys=True) if run.run else run.folder
+        alike.setdefault(key, []).append(run)
+    names = [_in_common(runs) for runs in alike.values()]
+    for name, runs in zip(names, alike.values(), strict=True):
+        found += [replace(r, arm=name if names.count(name) == 1 else runs[0].arm) for r in runs]
+    # the same arm in two experiments: the experiment's name tells them apart
+    if not named and len({(r.arm, r.seed) for r in found}) < len(found) and len(set(roots.values())) > 1:
+        found = [replace(r, arm=f'{roots[r.folder].name}/{r.arm}') for r in found]
+    seen = {}
+    for run in (r for r in found if r.run):
+        if (run.arm, run.seed) in seen:
+            raise RecordError(
+                f'{seen[run.arm, run.seed]} and {run.folder} are both seed {run.seed} of {run.arm!r}: leave '
+                'one out, or name them apart: NAME=PATH'
+            )
+        seen[run.arm, run.seed] = run.folder
+    return found
+
+
+def _in_common(runs: list[Run]) -> str:
+    """What folders of runs that differ only in the seed are called without it: a-s1 and a-s2 are a."""
+    names = {re.sub(rf'([-_.]+(seed|s)?|seed){r.seed}$', '', r.arm) if len(runs) > 1 else r.arm for r in runs}
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return re.sub(r'[-_.]+(seed|s)?$', '', ''.join(letters[0] for letters in same)) or runs[0].arm
+
+
+def _natural(path: Path):
+    """Sort key that puts seed10 after seed9."""
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r'(\d+)', str(path))
+    ]
+
+
+# -----------------------------------------------------------------------------
+# Studies: trees of runs, loose or packed into one file
+
+
+def find_stored(root: Path) -> list[Stored]:
+    """The runs in a folder and below, be they loose or packed; RecordError where there is none.
+
+    root: a folder, the file NAME.jsonl or the folder NAME that it stands for, or one below that.
+    """
+    if root.name in (RUN, METRICS):
+        root = root.parent
+    elif root.is_file() and is_pack(root):
+        root = unpacked(root)
+    folders = {path.parent for what in (RUN, METRICS) for path in root.rglob(what)}
+    loose = {folder: read_folder(folder) for folder in folders}
+    packs = [packed(place) for place in (root, *root.parents) if place.name]
+    packs += [path for path in root.rglob(f'*{PACK}') if path.name != METRICS]
+    kept = {}
+    for path in packs:
+        if path.is_file() and is_pack(path):
+            kept |= {s.folder: s for s in read_pack(path) if s.folder.is_relative_to(root)}
+    for folder in loose.keys() & kept.keys():
+        if loose[folder] != kept[folder]:
+            raise RecordError(
+                f'{folder} holds another run than the packed one of the same place: move one of them away'
+            )
+    found = sorted((kept | loose).values(), key=lambda s: _natural(s.folder))
+    if not found:
+        raise RecordError(
+            f'{root}: no {RUN} or {METRICS} is there or below, and no {packed(root).name} beside it; '
+            'give the folder of a run or of many, or the file of a kept study'
+        )
+    return found
+
+
+def packed(folder: Path) -> Path:
+    """The file that stands for a folder of runs."""
+    return folder.with_name(folder.name + PACK)
+
+
+def unpacked(path: Path) -> Path:
+    """The folder that a packed study stands for."""
+    return path.with_name(path.name.removesuffix(PACK))
+
+
+def is_pack(path: Path) -> bool:
+    with open(path, 'rb') as file:
+        return file.read(12) == b'{"folder": "'
+
+
+def read_pack(path: Path) -> list[Stored]:
+    """The runs of a packed study; a line that cannot be read becomes the error of its run."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
+        where = unpacked(path) / f'line{number}'
+        try:
+            row = _json(line)
+            where = unpacked(path) / row['folder']
+            run = row['run']
+            metrics = [
+                dict(zip(group['keys'], values, strict=True))
+                for group in row['metrics']
+                for values in group['rows']
+            ]
+            for value, shape in [(run, RUN_SHAPE), *((record, RECORD_SHAPE) for record in metrics)]:
+                if wrong := misfit(value, shape):
+                    raise ValueError(wrong)
+            found.append(Stored(where, run, metrics))
+        except (ValueError, KeyError, TypeError) as e:
+            found.append(Stored(where, {}, [], f'line {number} of {path} cannot be read ({e!r})'))
+    return found
