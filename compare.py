@@ -1,12 +1,15 @@
 """Compare runs: curves, paired differences and their uncertainty, speed and cost, from the files runs leave.
 
-    python compare.py results/4-cpu                      # a tree <experiment>/<arm>/seed<k>/
+    python compare.py out/experiments/mine               # what experiments.py made: a folder per arm and seed
+    python compare.py results/4-cpu                      # a study that is kept here: results/4-cpu.jsonl
     python compare.py out/vanilla out/reflex_422         # any output folders of train.py
     python compare.py base=out/a new=out/b1 new=out/b2   # named: two seeds of the arm `new`
     python compare.py results/4-cpu --insert=README.md   # also put the table between its markers there
+    python compare.py out/experiments/mine --pack=results/mine  # keep all runs of a study as one text file
 
-Writes charts/NAME/: loss.png, cost.png, difference.png, speed.png, table.md, and index.html, which opens from
-disk and needs no network. Everything in them is computed from run.json and metrics.jsonl.
+Writes out/charts/NAME/, or charts/NAME/ for a study that is kept: loss.png, cost.png, difference.png,
+speed.png, table.md, and index.html, which opens from disk and needs no network. Everything in them is
+computed from run.json and metrics.jsonl.
 
 What is compared is the validation loss at the last step. For one seed all arms see the same batches and share
 initial values, so arms are compared seed by seed: mean and 95 % interval of the difference (paired t), p with
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import ConfigError, UserError, configure, run_program
-from runs.records import Arm, Run, find_runs, unlike, validation_set, what_is_learned
+from runs.records import Arm, Run, find_runs, pack, unlike, unpacked, validation_set, what_is_learned
 
 ROOT = Path(__file__).resolve().parent
 
@@ -34,8 +37,9 @@ class Knobs:
     baseline: str = ''  # the arm that others are compared with; '' = vanilla, else the first
     arms: str = ''  # only these arms, separated by commas, and the baseline
     name: str = ''  # of the comparison; '' = the name of the first folder
-    out: str = 'charts'  # the folder in which NAME/ is written
+    out: str = ''  # the folder in which NAME/ is written; '' = charts for kept studies, else out/charts
     insert: str = ''  # a Markdown file: put the table between its markers <!-- NAME --> as well
+    pack: str = ''  # results/NAME: keep the runs and their sweep as results/NAME.jsonl, do not compare them
 
 
 # Okabe and Ito's colours without yellow, which a white page swallows; the baseline is black
@@ -594,10 +598,15 @@ def main(argv: list[str]) -> int:
     k, _, paths = configure(Knobs, argv, __doc__, words='[NAME=]PATH …')
     if not paths:
         raise ConfigError('which runs? Give their folders, or one that holds them: compare.py results/4-cpu')
+    if k.pack:
+        print(f'kept: {", ".join(path.as_posix() for path in pack([*map(Path, paths)], Path(k.pack)))}')
+        return 0
     c = Comparison(find_runs(paths), k.baseline or None, k.arms.split(',') if k.arms else None)
     command = 'python compare.py ' + shlex.join(argv)
-    name = k.name or Path(paths[0].rpartition('=')[2]).resolve().name
-    folder = Path(k.out) / name
+    first = unpacked(Path(paths[0].rpartition('=')[2]).resolve())
+    name = k.name or first.name
+    kept = first.is_relative_to(ROOT / 'results')
+    folder = Path(k.out or ('charts' if kept else 'out/charts')) / name
     folder.mkdir(parents=True, exist_ok=True)
     draw(c, folder)
     text = markdown(c, name, command)

@@ -38,14 +38,14 @@ _WANTED = {
     bool: 'true or false (bool)',
     str: 'text (str)',
 }
-_USAGE = """
-Config files (*.py) and --key=value (or --key value) go in any order. The command line wins over files, later
-over earlier. --key alone sets a bool to true. Every knob with its default, type and meaning:
-"""
-_USAGE_OF_WORDS = """
-{words} and --key=value (or --key value) go in any order; later wins over earlier. --key alone sets a bool to
-true. Every knob with its default, type and meaning:
-"""
+_USAGE = (
+    'Config files (*.py) and --key=value (or --key value) go in any order. The command line wins over files, '
+    'later over earlier. --key alone sets a bool to true. Every knob with its default, type and meaning:'
+)
+_USAGE_OF_WORDS = (
+    '{words} and --key=value (or --key value) go in any order; later wins over earlier. --key alone sets a '
+    'bool to true. Every knob with its default, type and meaning:'
+)
 
 
 class UserError(Exception):
@@ -198,7 +198,7 @@ def help_text(cls, doc='', words=''):
                 section = f'{section} {text}' if row == section_row + 1 else text
                 section_row = row
     usage = _USAGE_OF_WORDS.format(words=words) if words else _USAGE
-    lines, section = [doc.strip(), usage.rstrip()], None
+    lines, section = [doc.strip(), '', *textwrap.wrap(usage, 110)], None
     for f in fields(cls):
         kind, optional = _kinds(cls)[f.name]
         default = shlex.quote(f.default) if isinstance(f.default, str) else str(f.default).lower()

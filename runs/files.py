@@ -110,6 +110,12 @@ def sync_folder(folder: Path):
             os.close(fd)
 
 
+def check_name(what: str, name: str):
+    """FileError unless `name` is that of one folder, and not of some other place."""
+    if not name or name.startswith(('.', '-')) or any(c in name for c in '/\\:\n'):
+        raise FileError(f'{what} is {name!r}: give the plain name of a folder, without / and a first dot')
+
+
 class FolderLock:
     """Refuses a second process in one folder; the lock is the operating system's and dies with its process.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
+from runs.files import replacing, write_text
 
 METRICS, RUN, README = 'metrics.jsonl', 'run.json', 'README.md'
 PACK = '.jsonl'  # NAME.jsonl holds the runs of the folder NAME
@@ -410,7 +411,7 @@ def find_stored(root: Path) -> list[Stored]:
     found = sorted((kept | loose).values(), key=lambda s: _natural(s.folder))
     if not found:
         raise RecordError(
-            f'{root}: no {RUN} or {METRICS} is there or below, and no {packed(root).name} beside it; '
+            f'{root}: no {RUN} or {METRICS} is there or below, and no {root.name}{PACK} beside it; '
             'give the folder of a run or of many, or the file of a kept study'
         )
     return found
@@ -423,12 +424,12 @@ def packed(folder: Path) -> Path:
 
 def unpacked(path: Path) -> Path:
     """The folder that a packed study stands for."""
-    return path.with_name(path.name.removesuffix(PACK))
+    return Path(str(path).removesuffix(PACK))
 
 
 def is_pack(path: Path) -> bool:
     with open(path, 'rb') as file:
-        return file.read(12) == b'{"folder": "'
+        return file.read(9) == b'{"folder"'
 
 
 def read_pack(path: Path) -> list[Stored]:
@@ -452,3 +453,109 @@ def read_pack(path: Path) -> list[Stored]:
         except (ValueError, KeyError, TypeError) as e:
             found.append(Stored(where, {}, [], f'line {number} of {path} cannot be read ({e!r})'))
     return found
+
+
+def readme_of(folder: Path) -> Path:
+    """Where a study's words are: in its folder, or beside the file that it is packed into."""
+    loose, beside = folder / README, folder.parent / f'{folder.name}.md'
+    return beside if not loose.exists() and beside.exists() else loose
+
+
+def trees_of(folder: Path) -> list[Path]:
+    """The folder of a study and those that belong to it: of its sweep of learning rates, of a search."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    stems = {unpacked(path).name if path.is_file() else path.name for path in beside}
+    mine = (stem for stem in stems if re.fullmatch(re.escape(folder.name) + r'-(lr|rung\d+)', stem))
+    return [folder, *(folder.with_name(stem) for stem in sorted(mine))]
+
+
+def pack(folders: list[Path], study: Path) -> list[Path]:
+    """Keep the runs of studies, and what belongs to them, as STUDY.jsonl, STUDY-lr.jsonl, …: these files.
+
+    A line is a run, {"folder": …, "run": run.json, "metrics": [{"keys": …, "rows": …}, …]}, with all of its
+    numbers as they were, and its metrics as tables of neighbouring records with the same keys. README.md
+    becomes STUDY.md. What the files hold already stays in them. Where folders of these very names are packed,
+    their files are removed once what was written has been read back and is the same.
+    """
+    study = unpacked(study)
+    if not study.name:
+        raise RecordError(f'{study}: give the study a name, such as results/NAME')
+    folders = [study] * (packed(study).exists() and study not in folders) + folders
+    trees: dict[Path, dict[str, Stored]] = {}  # tree of the study -> folder of a run in it -> the run
+    for folder in folders:
+        for tree in trees_of(folder):
+            runs = trees.setdefault(_beside(study, tree, folder), {})
+            for stored in find_stored(tree):
+                place = stored.folder.relative_to(tree).as_posix()
+                if place == '.' and len(folders) > 1:
+                    place = folder.name
+                if stored.error:
+                    raise RecordError(f'{stored.folder} cannot be kept: {stored.error}')
+                if place in runs and runs[place][1:] != stored[1:]:
+                    raise RecordError(
+                        f'{runs[place].folder} and {stored.folder} are different runs, and both would be '
+                        f'{place} of {study}: rename one of the folders'
+                    )
+                runs[place] = stored
+    study.parent.mkdir(parents=True, exist_ok=True)
+    for tree, runs in trees.items():
+        with replacing(packed(tree)) as file:
+            for place, stored in sorted(runs.items(), key=lambda item: _natural(Path(item[0]))):
+                row = {'folder': place, 'run': stored.run, 'metrics': _tables(stored.metrics)}
+                file.write(json.dumps(row, separators=(',', ':')) + '\n')
+        back = {s.folder.relative_to(tree).as_posix(): s[1:] for s in read_pack(packed(tree))}
+        if back != {place: stored[1:] for place, stored in runs.items()}:
+            raise RecordError(f'{packed(tree)} does not read back as it was written; nothing was removed')
+        for place in runs:
+            _remove(tree / place, tree, RUN, METRICS)
+    written = [packed(tree) for tree in trees]
+    words = [readme_of(folder) for folder in folders if readme_of(folder).exists()]
+    if words:
+        text = words[-1].read_text(encoding='utf-8')
+        for folder in folders:
+            text = text.replace(f'compare.py {folder.as_posix()}', f'compare.py {study.as_posix()}')
+        written.append(study.with_name(f'{study.name}.md'))
+        write_text(written[-1], text)
+        if words[-1] == study / README:
+            _remove(study, study, README)
+    return written
+
+
+def _beside(folder: Path, tree: Path, of: Path) -> Path:
+    """What `tree`, one of the trees of the study `of`, is to the study `folder`."""
+    return folder.with_name(folder.name + tree.name.removeprefix(of.name))
+
+
+def _tables(metrics: list[dict]) -> list[dict]:
+    """Records as tables: neighbours with the same keys share one."""
+    tables = []
+    for record in metrics:
+        if not tables or tables[-1]['keys'] != list(record):
+            tables.append({'keys': list(record), 'rows': []})
+        tables[-1]['rows'].append(list(record.values()))
+    return tables
+
+
+def _remove(folder: Path, tree: Path, *names: str):
+    """Delete these files of a folder in a tree, and every folder up to the tree's own that is then empty."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    for place in (folder, *folder.parents):
+        if place.is_dir() and place.is_relative_to(tree) and not any(place.iterdir()):
+            place.rmdir()
+
+
+def unpack(study: Path, folder: Path):
+    """Make the folders that a kept study stands for, as `folder` and beside it; what is there stays."""
+    study = unpacked(study)
+    for tree in trees_of(study):
+        for stored in find_stored(tree):
+            place = _beside(folder, tree, study) / stored.folder.relative_to(tree)
+            if stored.error:
+                raise RecordError(f'{stored.folder}: {stored.error}')
+            if not (place / RUN).exists():
+                place.mkdir(parents=True, exist_ok=True)
+                write_text(place / METRICS, ''.join(json.dumps(record) + '\n' for record in stored.metrics))
+                write_text(place / RUN, json.dumps(stored.run, indent=1) + '\n')
+    if readme_of(study).exists() and not (folder / README).exists():
+        write_text(folder / README, readme_of(study).read_text(encoding='utf-8'))
