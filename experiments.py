@@ -54,6 +54,7 @@ from runs.records import (
     unlike,
     unpack,
     unpacked,
+    what_is_learned,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -687,6 +688,21 @@ def check_data(plan: Plan) -> str:
     return open_data(folder, block_size, vocab_size or None).fingerprint
 
 
+def same_models(plan: Plan) -> list[str]:
+    """A line for every arm that is the same model as another one and trained alike."""
+    import torch
+
+    known, told = {}, []
+    for arm in plan.arms:
+        k = plan.job('', arm, 0, 1e-3).knobs
+        with torch.device('meta'):  # built without memory
+            model = trainer().build(k, trainer().model_config(k, vocab_size=64, vocab_used=64))
+        knobs = {n: v for n, v in what_is_learned(asdict(k)).items() if n not in ('attention', 'head_split')}
+        first = known.setdefault((model.describe(), model.num_params(), str(knobs)), arm)
+        told += [] if first == arm else [f'{arm} and {first} are the same model, trained alike']
+    return told
+
+
 def status(plan: Plan) -> str:
     """How many runs are in which state; a line per arm, with the loss of each seed or how far it is; and what
     the runs that failed said last."""
@@ -798,6 +814,8 @@ def main(argv: list[str]) -> int:
             unpack(Path(k.go_on), plan.out / plan.name)
         fingerprint = check_data(plan)
         refuse_other_settings(plan, fingerprint)
+        for line in same_models(plan):
+            say(f'caution: {line}')
         runner = Runner(k.jobs, k.minutes, k.keep_checkpoints, ['--threads=1'] if k.jobs > 1 else [])
         with stopping(runner):
             run_all(plan, runner, fingerprint)

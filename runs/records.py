@@ -323,6 +323,36 @@ class Arm:
         return statistics.fmean(values) if values else None
 
 
+def sweep_of(arm: Arm) -> dict[float, float]:
+    """{learning rate: mean validation loss, inf if one failed} of the sweep beside an arm's study, if any."""
+    folder = arm.one.folder.absolute()
+    tree, losses = folder.parents[1], {}
+    if not re.fullmatch(r'seed\d+', folder.name) or not tree.name:
+        return {}
+    try:
+        swept = find_stored(tree.with_name(f'{tree.name}-lr'))
+    except RecordError:
+        return {}
+    for stored in swept:
+        if re.fullmatch(re.escape(folder.parent.name) + r'-lr[-+.e\d]+', stored.folder.parent.name):
+            run = judged(stored, arm.name)
+            other = {knob for knob, _, _ in unlike(run.config, arm.one.config)} if run.run else {'all'}
+            if other <= {'learning_rate', 'max_iters'}:
+                loss = run.val_loss if run.finished else math.inf
+                losses.setdefault(run.config['learning_rate'], []).append(loss)
+    return {rate: statistics.fmean(values) for rate, values in sorted(losses.items())}
+
+
+def root_of(argument: str) -> tuple[str, Path]:
+    """What `NAME=PATH` or `PATH` says: (NAME, or '' if none is given; the path)."""
+    name, equals, path = argument.partition('=')
+    if not equals or Path(argument).exists():  # a folder such as lr=0.1
+        return '', Path(argument)
+    if not name:
+        raise RecordError(f'{argument}: give a name before the "=", or the path alone')
+    return name, Path(path)
+
+
 def find_runs(arguments: list[str]) -> list[Run]:
     """The runs under `PATH` or `NAME=PATH` arguments, each with the name of its arm.
 
@@ -331,17 +361,12 @@ def find_runs(arguments: list[str]) -> list[Run]:
     """
     found, loose, roots, named = [], [], {}, False
     for argument in arguments:
-        name, equals, path = argument.partition('=')
-        if equals and Path(argument).exists():  # a folder such as lr=0.1
-            name, equals, path = '', '', argument
-        if equals and not name:
-            raise RecordError(f'{argument}: give a name before the "=", or the path alone')
-        named = named or bool(equals)
-        root = Path(path if equals else argument)
+        name, root = root_of(argument)
+        named = named or bool(name)
         for stored in find_stored(root):
             full = stored.folder.resolve()
             roots[stored.folder] = root.resolve()
-            if equals:
+            if name:
                 found.append(judged(stored, name))
             elif re.fullmatch(r'seed\d+', full.name):
                 found.append(judged(stored, full.parent.name))

@@ -456,6 +456,14 @@ def test_an_arm_of_ones_own(lab, tmp_path):
     assert unlike(runs['mine'].config, runs['vanilla'].config) == [('qk_norm', True, None)]
 
 
+def test_two_arms_that_are_one_model_are_told(lab, tmp_path, capsys):
+    same = tmp_path / 'same.py'
+    same.write_text("attention = 'reflex'\nhead_split = '8'\n", encoding='utf-8')
+    lab('4', str(same), '--arms=vanilla,reflex_422,same', '--learning_rate=2e-3', '--seeds=1', '--jobs=3')
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caution')]
+    assert told == ['caution: same and vanilla are the same model, trained alike']
+
+
 def test_status_and_mistakes(lab, tmp_path, capsys):
     assert lab('4', '--status', '--seeds=2') == 0
     told = capsys.readouterr().out
