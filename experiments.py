@@ -1,12 +1,13 @@
 """Run an experiment: every arm and seed through train.py, as a person would, side by side and resumable.
 
+    python experiments.py config/skip_v1.py --scale=minutes --jobs=2  # any config file against vanilla
     python experiments.py 4 --scale=cpu --jobs=2             # experiment 4 shrunk for a laptop, two at a time
     python experiments.py 4 --scale=short --jobs=2           # the same models for an eighth of the tokens
     python experiments.py 4 --scale=paper                    # its published size, for a GPU
     python experiments.py 4 peers --scale=cpu --jobs=2       # and the closest published ideas beside them
     python experiments.py leap --scale=cpu --jobs=2          # LEAP, additive attention, vanilla
-    python experiments.py config/skip_v1.py --scale=short    # any config file, against vanilla
-    python experiments.py 4 config/cla.py --scale=short      # or beside all arms of experiment 4
+    python experiments.py 4 config/cla.py --scale=short      # a config file beside all arms of experiment 4
+    python experiments.py search 4 peers plans --scale=short # the best arm of many, by successive halving
     python experiments.py 4 --scale=cpu --status             # what is done, runs, waits and failed
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
 
@@ -14,6 +15,9 @@ The protocol: first each arm gets the same small sweep of learning rates on seed
 edge that wins is pushed out), and takes the lowest point of the parabola through the best rate and its two
 neighbours. Then all arms train on seeds 0, 1, … with the rate that each has won. One seed is one order of
 batches and one draw of shared initial values for all arms.
+
+A search lets all arms compete in short runs, the better half of them in longer ones, and so on (SEARCH,
+below); the winner is compared with the baseline on seeds that the search has not seen.
 
 out/experiments/<experiment>-<scale>/<arm>/seed<k>/ is the folder of a run, <experiment>-<scale>-lr/ beside it
 has the sweep's. Stop at any time: the same command goes on where it was, and never repeats a finished run.
@@ -135,6 +139,15 @@ SCALES['short'] = replace(
 )
 
 
+# A first look in ten minutes of two cores, on a corpus that every machine has: two arms, two seeds
+SCALES['minutes'] = replace(
+    SCALES['short'],
+    datasets=['stdlib'],
+    arguments=[*SCALES['short'].arguments, '--max_iters=400', '--eval_interval=200'],
+    seeds=2,
+)
+
+
 @dataclass(frozen=True)
 class Experiment:
     question: str
@@ -210,7 +223,20 @@ EXPERIMENTS = {
         sizes=dict.fromkeys(['hierarchy', *HIERARCHY_OPTIONS], 'hierarchy'),
     ),
 }
-SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's
+SWEEP_SEED = 1000  # the first seed of sweeps and searches: none of the comparison's
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A round of a search. The baseline takes part in each, beside the arms that are tried."""
+
+    arms: float  # the share of the arms of the round before that go on: the best ones
+    seeds: int
+    steps: float  # as a share of those of a whole run
+
+
+# Successive halving, with about the same work in each round. The first one is the sweep of learning rates.
+SEARCH = (Rung(1, seeds=1, steps=0.25), Rung(0.5, seeds=2, steps=0.5), Rung(0.5, seeds=2, steps=1))
 # Knobs that change neither the runs nor their speed: not in the command that is kept with the results
 OWN = ('minutes', 'keep_checkpoints', 'wandb_log', 'status', 'out', 'go_on')
 
@@ -218,7 +244,7 @@ OWN = ('minutes', 'keep_checkpoints', 'wandb_log', 'status', 'out', 'go_on')
 @dataclass(frozen=True)
 class Knobs:
     # what is run
-    scale: str = ''  # paper: as published, for a GPU | cpu: over night | short: an evening
+    scale: str = ''  # paper: as published, for a GPU | cpu: over night | short: an evening | minutes: ten
     seeds: int = 0  # seeds that the arms are compared on, 0, 1, …; 0 = as many as the scale says (5)
     jobs: int = 1  # runs side by side; if several, with one CPU thread each
     arms: str = ''  # only these, separated by commas
@@ -476,13 +502,16 @@ def lowest(losses: dict[float, float], pick: str) -> float:
 class Plan:
     """All jobs of an experiment at a scale, and where their files are.
 
-    words: experiments and config files. extra: knobs of train.py that go to every run, as --key=value.
+    words: experiments and config files, or 'search' and those whose arms are searched. extra: knobs of
+    train.py that go to every run, as --key=value.
     """
 
     def __init__(self, k: Knobs, words: list[str], extra: list[str]):
         self.k, self.extra, self.scale = k, extra, SCALES[k.scale]
         if k.rates:
             self.scale = replace(self.scale, rates=first_rates(k.rates))
+        self.search = words[:1] == ['search']
+        words = words[1:] if self.search else words
         own = list(dict.fromkeys(Path(word) for word in words if word.endswith('.py')))
         names = list(dict.fromkeys(word for word in words if not word.endswith('.py')))
         for name in names:
@@ -508,7 +537,8 @@ class Plan:
                 raise ConfigError(f'{path}: there is another arm {path.stem!r} already; rename the file')
             self.experiment_of[path.stem] = known or replace(base, arms={path.stem: arguments})
         kept = unpacked(Path(k.go_on)).name
-        self.name = k.name or kept or f'{next(iter(folders))}-{k.scale}'
+        first = 'search' if self.search else next(iter(folders))
+        self.name = k.name or kept or f'{first}-{k.scale}'
         check_name('the name of the study', self.name)
         self.tree = self.name if k.equal == 'steps' else f'{self.name}-{k.equal}'
         self.out = Path(k.out).resolve()
@@ -519,6 +549,10 @@ class Plan:
                 raise ConfigError(f'no arm {arm!r}: there are {", ".join(self.experiment_of)}')
             if self.arms.count(arm) > 1:
                 raise ConfigError(f'--arms names {arm} {self.arms.count(arm)} times: name each arm once')
+        if self.search:
+            self.arms = list(dict.fromkeys([self.baseline, *self.arms]))
+            if k.equal != 'steps' or len(self.arms) < 3:
+                raise ConfigError('a search is for two arms or more beside the baseline, at equal steps')
         given = [a.partition('=')[2] for a in extra if a.startswith('--dataset=')]
         there = [d for d in self.scale.datasets if (trainer().data_folder(d) / 'meta.json').exists()]
         self.dataset = given[-1] if given else there[0] if there else self.scale.datasets[-1]
@@ -544,8 +578,11 @@ class Plan:
 
     def sweep(self, arm: str, rate: float) -> list[Job]:
         """The short runs of one learning rate."""
-        steps = self.k.sweep_iters or max(1, round(self.steps(arm) * self.scale.sweep))
-        seeds = range(SWEEP_SEED, SWEEP_SEED + self.k.sweep_seeds)
+        share, seeds = self.scale.sweep, self.k.sweep_seeds
+        if self.search:
+            share, seeds = SEARCH[0].steps, SEARCH[0].seeds
+        steps = self.k.sweep_iters or max(1, round(self.steps(arm) * share))
+        seeds = range(SWEEP_SEED, SWEEP_SEED + seeds)
         return [self.job(f'{self.name}-lr', arm, s, rate, steps, f'{arm}-lr{rate:g}') for s in seeds]
 
     def rates(self, arm: str) -> dict[float, float | None]:
@@ -575,11 +612,53 @@ class Plan:
         losses = self.rates(arm)
         return None if None in losses.values() else lowest(losses, self.k.pick)
 
-    def swept(self) -> list[Job]:
-        """All jobs of the sweep, as far as it is known by now."""
+    def swept(self, arm: str) -> list[Job]:
+        """The jobs of an arm's sweep, as far as it is known by now."""
         if self.k.learning_rate is not None:
             return []
-        return [job for arm in self.arms for rate in self.rates(arm) for job in self.sweep(arm, rate)]
+        return [job for rate in self.rates(arm) for job in self.sweep(arm, rate)]
+
+    def rounds(self) -> list[dict[str, float | None]]:
+        """{arm: its loss, None while it runs} of every round of the search that has begun, by now."""
+        found = []
+        for number, rung in enumerate(SEARCH):
+            arms = self.arms
+            if found:
+                tried = sorted((a for a in found[-1] if a != self.baseline), key=found[-1].__getitem__)
+                arms = [self.baseline, *tried[: math.ceil(len(tried) * rung.arms)]]
+            losses = {arm: mean_loss(self.round_jobs(number, arm)) for arm in arms}
+            if number == 0 and self.k.learning_rate is None:  # of the best rate
+                swept = {arm: list(self.rates(arm).values()) for arm in arms}
+                losses = {arm: None if None in values else min(values) for arm, values in swept.items()}
+            found.append(losses)
+            if None in losses.values():
+                break
+        return found
+
+    def round_jobs(self, number: int, arm: str) -> list[Job]:
+        """The runs of an arm in a round of the search."""
+        if number == 0 and self.k.learning_rate is None:
+            return self.swept(arm)
+        rung, tree = SEARCH[number], f'{self.name}-rung{number + 1}'
+        steps, seeds = max(1, round(self.steps(arm) * rung.steps)), range(SWEEP_SEED, SWEEP_SEED + rung.seeds)
+        return [self.job(tree, arm, seed, self.rate(arm), steps) for seed in seeds]
+
+    def preliminary(self) -> list[Job]:
+        """The jobs before those that are compared, as far as they are known by now: sweeps, or a search."""
+        if self.search:
+            rounds = enumerate(self.rounds())
+            return [job for number, arms in rounds for arm in arms for job in self.round_jobs(number, arm)]
+        return [job for arm in self.arms for job in self.swept(arm)]
+
+    def compared(self) -> list[str]:
+        """The arms that are compared; of a search the baseline and what wins, none while it is not known."""
+        if not self.search:
+            return self.arms
+        rounds = self.rounds()
+        if len(rounds) < len(SEARCH) or None in rounds[-1].values():
+            return []
+        tried = (arm for arm in rounds[-1] if arm != self.baseline)
+        return [self.baseline, min(tried, key=rounds[-1].__getitem__)]
 
     def headline(self) -> list[Job]:
         """The runs that are compared, of the arms whose learning rate is known.
@@ -587,12 +666,12 @@ class Plan:
         Seed by seed, so that an early end leaves whole pairs; each seed begins with another arm, so that none
         always has the same neighbour on the machine.
         """
-        rates = {arm: self.rate(arm) for arm in self.arms}
-        steps = dict.fromkeys(self.arms) if self.k.equal == 'steps' else self.equal_steps()
-        jobs = []
+        arms, jobs = self.compared(), []
+        rates = {arm: self.rate(arm) for arm in arms}
+        steps = dict.fromkeys(arms) if self.k.equal == 'steps' else self.equal_steps()
         for seed in self.seeds:
-            turn = seed % len(self.arms)
-            for arm in self.arms[turn:] + self.arms[:turn]:
+            turn = seed % max(1, len(arms))
+            for arm in arms[turn:] + arms[:turn]:
                 if rates[arm] is not None and arm in steps:
                     jobs.append(self.job(self.tree, arm, seed, rates[arm], steps[arm]))
         return jobs
@@ -652,9 +731,9 @@ def refuse_other_settings(plan: Plan, fingerprint: str | None = None):
     """
     jobs, later = plan.headline(), []
     if plan.k.equal == 'steps':  # of the arms whose rate is not known yet
-        arms = set(plan.arms) - {job.arm for job in jobs}
+        arms = set(plan.compared()) - {job.arm for job in jobs}
         later = [plan.job(plan.tree, arm, seed, 1e-3) for arm in arms for seed in plan.seeds]
-    for job in [*plan.swept(), *jobs, *later]:
+    for job in [*plan.preliminary(), *jobs, *later]:
         run = job.done()
         if not run:
             continue
@@ -706,24 +785,30 @@ def same_models(plan: Plan) -> list[str]:
 def status(plan: Plan) -> str:
     """How many runs are in which state; a line per arm, with the loss of each seed or how far it is; and what
     the runs that failed said last."""
-    headline, swept = plan.headline(), plan.swept()
     busy = bool(lock_holder(plan.out / plan.name))
-    states = {job: job.state(busy) for job in [*swept, *headline]}
+    headline, arms = plan.headline(), plan.compared()
+    states = {job: job.state(busy) for job in [*plan.preliminary(), *headline]}
+    groups = {'sweep': (plan.preliminary(), len(plan.preliminary()))}
+    if plan.search:
+        groups = {}
+        for number, losses in enumerate(plan.rounds()):
+            jobs = [job for arm in losses for job in plan.round_jobs(number, arm)]
+            groups[f'round {number + 1} of {len(SEARCH)}, {len(losses)} arms'] = jobs, len(jobs)
+    groups['compared runs'] = headline, len(arms) * len(plan.seeds)
     lines = [f'{plan.tree} on {plan.dataset}, in {_short(plan.out / plan.tree)}']
-    for what, jobs, of in (
-        ('sweep', swept, len(swept)),
-        ('compared runs', headline, len(plan.arms) * len(plan.seeds)),
-    ):
+    for what, (jobs, of) in groups.items():
         found = [states[job] for job in jobs]
         told = [f'{found.count(s)} {s}' for s in ('running', 'failed', 'stopped') if s in found]
         waiting = of - sum(state != 'waiting' for state in found)
         told += [f'{waiting} waiting'] if waiting else []
         if of:
             lines.append(f'{what}: ' + ', '.join([f'{found.count("done")} of {of} done', *told]))
-    width = max(len(arm) for arm in plan.arms)
-    lines += ['', f'{"":<{width}}  {"rate":<8}' + ''.join(f'{f"seed {s}":>10}' for s in plan.seeds)]
+    lines += ranking(plan)
+    width = max(map(len, arms), default=0)
+    if arms:
+        lines += ['', f'{"":<{width}}  {"rate":<8}' + ''.join(f'{f"seed {s}":>10}' for s in plan.seeds)]
     places = {(job.arm, job.out.name): job for job in headline}
-    for arm in plan.arms:
+    for arm in arms:
         rate = plan.rate(arm)
         line = f'{arm:<{width}}  {rate if rate is not None else "sweep":<8}'
         for seed in plan.seeds:
@@ -738,13 +823,26 @@ def status(plan: Plan) -> str:
                 cell = {'running': f'at {share}', 'failed': 'failed', 'stopped': f'({share})'}[states[job]]
             line += f'{cell:>10}'
         lines.append(line)
-    lines += ['a number is a validation loss; at 40%: running; (40%): stopped there; ·: waiting']
+    if arms:
+        lines.append('a number is a validation loss; at 40%: running; (40%): stopped there; ·: waiting')
     lines += [
         f'{job} failed: {job.last_words()} ({_short(job.out / LOG)})'
         for job, state in states.items()
         if state == 'failed'
     ]
     return '\n'.join(lines)
+
+
+def ranking(plan: Plan) -> list[str]:
+    """Of a search, a line per round that is over: its arms and their losses, the best one first."""
+    if not plan.search:
+        return []
+    lines = []
+    for number, losses in enumerate(plan.rounds(), 1):
+        if None not in losses.values():
+            order = sorted(losses, key=losses.__getitem__)
+            lines.append(f'round {number}: ' + ', '.join(f'{arm} {losses[arm]:.4f}' for arm in order))
+    return lines
 
 
 def write_readme(plan: Plan, command: str):
@@ -772,19 +870,20 @@ def write_readme(plan: Plan, command: str):
     lines += [*dict.fromkeys([*commands, command]), plan.compare_command(), '```', '']
     lines += ['| arm | arguments of train.py | learning rate | sweep: validation loss by rate |']
     lines += ['| --- | --- | --- | --- |', *rows.values(), '']
+    lines += [f'- {line}' for line in ranking(plan)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, '\n'.join(lines))
 
 
 def run_all(plan: Plan, runner: Runner, fingerprint: str | None):
-    """The sweeps, in rounds as long as a best rate lies on an edge; then the runs that are compared."""
+    """Sweeps or a search, in rounds as long as results ask for more; then the runs that are compared."""
     tried = set()
     while not runner.stopped:
-        sweep = [job for job in plan.swept() if job not in tried and not job.done()]
-        if not sweep:
+        jobs = [job for job in plan.preliminary() if job not in tried and not job.done()]
+        if not jobs:
             break
-        tried.update(sweep)
-        runner.run(sweep, later=len(plan.seeds) * sum(map(plan.steps, plan.arms)))
+        tried.update(jobs)
+        runner.run(jobs, later=len(plan.seeds) * sum(map(plan.steps, plan.compared())))
     if not runner.stopped:
         refuse_other_settings(plan, fingerprint)
         runner.run(plan.headline())

@@ -23,7 +23,7 @@ from configurator import ConfigError, configure
 from runs import metrics
 from runs.checkpoint import MODELS
 from runs.files import FileError, lock_holder
-from runs.records import RecordError, find_runs, unlike, what_is_learned
+from runs.records import RecordError, find_runs, pack, unlike, what_is_learned
 
 RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at the one beyond
 # Takes train.py's place: the same arguments and files, a loss that is a formula, no torch.
@@ -77,6 +77,9 @@ for it in range(start, n + 1):
         f.write(json.dumps({'iter': it, 'loss': 1.0, 'tokens_per_s': speed, 'mfu': None}) + chr(10))
         if it == n:
             loss = 4 + config['seed'] / 100 + abs(math.log(rate / best)) / 10
+            loss += {'cla': -0.3, 'lime': -0.2, 'reflex5-2-1': 0.1}.get(kind, 0)
+            if kind == 'lime' and n > 6:
+                loss -= 0.4  # which a search sees in its last round only
             f.write(json.dumps({'iter': it, 'train/loss': loss, 'val/loss': loss}) + chr(10))
             run['status'] = 'finished'
     last.write_text(str(it + 1))
@@ -520,7 +523,8 @@ def test_every_command_of_the_documentation_has_a_folder_of_its_own(command, tmp
         return
     assert experiments.main([*argv, '--status', f'--out={tmp_path}']) == 0
     told = capsys.readouterr().out
-    assert re.search(r'compared runs: 0 of (\d+) done, \1 waiting', told)
+    first = 'round 1 of 3, 19 arms' if argv[0] == 'search' else 'compared runs'
+    assert re.search(rf'{first}: 0 of (\d+) done, \1 waiting', told)
     # by default it is out of git's sight, and no kept study is where it writes
     plan = plan_of(*argv)
     assert plan.out == experiments.ROOT / 'out/experiments'
@@ -592,6 +596,66 @@ def test_runs_on_other_data_are_refused_before_anything_is_trained(lab, tmp_path
         lab('4', '--arms=vanilla', '--seeds=2', RATES)
     assert calls(tmp_path) == before
     assert lab(*common, '--name=other') == 0
+
+
+def test_a_search_halves_its_arms_and_confirms_the_winner(lab, tmp_path, capsys):
+    """Five arms beside vanilla: all of them for 3 steps at each rate, the best three for 6 on two seeds, the
+    best two for 12; then the winner and vanilla on seeds 0 and 1. lime is second until runs are long."""
+    arms = '--arms=cla,lime,reflex_521,reflex_422,value_residual'
+    command = ('search', '4', 'peers', arms, '--seeds=2', '--jobs=3', '--rates=1e-3,2e-3,4e-3')
+    assert lab(*command) == 0
+    everything = ['cla', 'lime', 'reflex_422', 'reflex_521', 'value_residual', 'vanilla']
+    assert {(name.split('/')[0]) for name in losses(tmp_path, 'search-cpu-lr')} == {
+        f'{arm}-lr{rate}' for arm in everything for rate in ('0.001', '0.002', '0.004')
+    }
+    assert {r.config['max_iters'] for r in find_runs([str(tmp_path / 'out/search-cpu-lr')])} == {3}
+    second, third = (find_runs([str(tmp_path / f'out/search-cpu-rung{n}')]) for n in (2, 3))
+    best = ['cla', 'lime', 'reflex_422', 'vanilla']
+    assert {(r.arm, r.seed) for r in second} == {(arm, seed) for arm in best for seed in (1000, 1001)}
+    assert {(r.arm, r.seed) for r in third} == {
+        (a, s) for a in ('cla', 'lime', 'vanilla') for s in (1000, 1001)
+    }
+    assert {r.config['max_iters'] for r in second} == {6} and {r.config['max_iters'] for r in third} == {12}
+    assert set(losses(tmp_path, 'search-cpu')) == {'vanilla/0', 'vanilla/1', 'lime/0', 'lime/1'}
+    told = capsys.readouterr().out
+    assert 'round 3: lime 13.4050, cla 13.7050, vanilla 14.0050' in told
+    assert 'round 3 of 3, 3 arms: 6 of 6 done' in told and 'compared runs: 4 of 4 done' in told
+    readme = (tmp_path / 'out/search-cpu/README.md').read_text(encoding='utf-8')
+    assert '- round 2: cla 13.7050, lime 13.8050' in readme and '| `reflex_521` |' in readme
+    assert '\npython experiments.py search 4 peers --scale=cpu' in readme
+    # again: nothing is run; and every run of it is kept
+    before = len(calls(tmp_path))
+    assert lab(*command) == 0 and len(calls(tmp_path)) == before == 18 + 8 + 6 + 4
+    pack([tmp_path / 'out/search-cpu'], tmp_path / 'kept/s')
+    names = {path.name for path in (tmp_path / 'kept').iterdir()}
+    assert names == {'s.jsonl', 's-lr.jsonl', 's-rung2.jsonl', 's-rung3.jsonl', 's.md'}
+
+
+def test_a_search_goes_on_where_it_was(lab, tmp_path, capsys):
+    command = (
+        'search',
+        '4',
+        'peers',
+        '--arms=cla,reflex_422',
+        '--seeds=1',
+        '--learning_rate=2e-3',
+        '--jobs=2',
+    )
+    (tmp_path / 'out/crash').touch()
+    assert lab(*command) == 1  # all runs of the first round, of 3 steps, crash
+    assert 'not done: ' in capsys.readouterr().out and len(calls(tmp_path)) == 3
+    (tmp_path / 'out/crash').unlink()
+    assert lab(*command, '--status') == 0
+    told = capsys.readouterr().out
+    assert 'round 1 of 3, 3 arms: 0 of 3 done, 3 failed' in told and 'compared' not in told
+    assert lab(*command) == 0
+    assert set(losses(tmp_path, 'search-cpu')) == {'vanilla/0', 'cla/0'}
+    assert len(calls(tmp_path)) == 3 + 3 + 4 + 4 + 2
+    for argv in (('search', '4', '--arms=vanilla,reflex_422'), ('search', '4', '--equal=flops')):
+        with pytest.raises(ConfigError, match='a search is for two arms or more beside the baseline'):
+            lab(*argv)
+    with pytest.raises(ConfigError, match='which experiment'):
+        lab('search')
 
 
 def test_going_on_with_a_kept_study(lab, tmp_path, monkeypatch, capsys):
