@@ -1,12 +1,15 @@
 """Compare runs: curves, paired differences and their uncertainty, speed and cost, from the files runs leave.
 
-    python compare.py results/4-cpu                      # a tree <experiment>/<arm>/seed<k>/
+    python compare.py out/experiments/mine               # what experiments.py made: a folder per arm and seed
+    python compare.py results/4-cpu                      # a study that is kept here: results/4-cpu.jsonl
     python compare.py out/vanilla out/reflex_422         # any output folders of train.py
     python compare.py base=out/a new=out/b1 new=out/b2   # named: two seeds of the arm `new`
     python compare.py results/4-cpu --insert=README.md   # also put the table between its markers there
+    python compare.py out/experiments/mine --pack=results/mine  # keep all runs of a study as one text file
 
-Writes charts/NAME/: loss.png, cost.png, difference.png, speed.png, table.md, and index.html, which opens from
-disk and needs no network. Everything in them is computed from run.json and metrics.jsonl.
+Writes out/charts/NAME/, or charts/NAME/ for a study that is kept: loss.png, cost.png, difference.png,
+speed.png, pareto.png, table.md, and index.html, which opens from disk and needs no network. Everything in
+them is computed from run.json and metrics.jsonl.
 
 What is compared is the validation loss at the last step. For one seed all arms see the same batches and share
 initial values, so arms are compared seed by seed: mean and 95 % interval of the difference (paired t), p with
@@ -15,201 +18,53 @@ Holm's correction over the arms. Unfinished and failed runs are named and never 
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import math
 import re
+import shlex
 import statistics
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-from scipy import stats
-
-from configurator import UserError, run_program
-from runs.knobs import BEFORE
-from runs.metrics import METRICS, RUN, read_jsonl
-
-matplotlib.use('Agg')  # needs no display
-import matplotlib.pyplot as plt
-
-plt.rcParams['font.size'] = 9
+from configurator import ConfigError, UserError, configure, run_program
+from runs.files import check_name
+from runs.records import (
+    Arm,
+    Run,
+    find_runs,
+    pack,
+    root_of,
+    sweep_of,
+    unlike,
+    unpacked,
+    validation_set,
+    what_is_learned,
+)
 
 ROOT = Path(__file__).resolve().parent
 
-# Knobs that do not change what a run learns: they may differ within an arm
-SESSION = set(
-    'out_dir overwrite init_from seed eval_only log_interval sample_tokens checkpoint_interval '
-    'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
-    'dist_timeout'.split()
-)
-# Okabe and Ito's colours without yellow, which a white page swallows; the baseline is black
-COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9']
-DASHES = ['', '6 3', '2 2', '8 3 2 3']
-SHOWN_FROM = 0.3  # of the steps: the y axis fits what comes after, the steep start would flatten it
+
+@dataclass(frozen=True)
+class Knobs:
+    baseline: str = ''  # the arm that others are compared with; '' = vanilla, else the first
+    arms: str = ''  # only these arms, separated by commas, and the baseline
+    name: str = ''  # of the comparison; '' = the name of the first folder
+    out: str = ''  # the folder in which NAME/ is written; '' = charts for kept studies, else out/charts
+    insert: str = ''  # a Markdown file: put the table between its markers <!-- NAME --> as well
+    pack: str = ''  # results/NAME: keep the runs and their sweep as results/NAME.jsonl, do not compare them
+
+
+# The baseline is black; then Okabe and Ito's colours without yellow, which a white page swallows, and others
+COLOURS = [
+    *('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9'),
+    *('#a0522d', '#7b4fbf', '#8a9a00', '#c2185b', '#00a3a3', '#808080'),
+]
+DASHES = ['', '6 3', '2 2', '8 3 2 3']  # of the first so many arms, the next ones, …
+SHOWN_FROM = 0.3  # of the steps: the y axis of a picture fits what comes after, the start would flatten it
 
 
 class CompareError(UserError):
-    """Runs that cannot be compared: which, why, and the mend, in one line."""
-
-
-# -----------------------------------------------------------------------------
-# Reading
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    arm: str
-    seed: int
-    run: dict  # run.json
-    evals: list  # lines of metrics.jsonl with a validation loss
-    tokens_per_s: float | None  # median over its logged steps
-    mfu: float | None
-    state: str  # 'finished', or in words why it does not count
-
-    @property
-    def finished(self) -> bool:
-        return self.state == 'finished'
-
-    @property
-    def config(self) -> dict:
-        return self.run['config']
-
-    @property
-    def val_loss(self) -> float:
-        """At the last step; no stopping where it happens to be lowest."""
-        return self.evals[-1]['val/loss']
-
-    @property
-    def train_loss(self) -> float:
-        return self.evals[-1]['train/loss']
-
-    @property
-    def peak_memory(self) -> int | None:
-        return self.run.get('peak_memory_bytes')
-
-
-def read_run(folder: Path, arm: str) -> Run:
-    """The run in a folder; what is missing or broken there becomes its state, not an exception."""
-    try:
-        run = json.loads((folder / RUN).read_text(encoding='utf-8'))
-        records = read_jsonl(folder / METRICS)
-        config, status = run['config'], run['status']
-        seed, last, total = config['seed'], max((r['iter'] for r in records), default=0), config['max_iters']
-        # what a comparison cannot do without
-        _ = [config[name] for name in ('eval_iters', 'batch_size', 'block_size')]
-        per_step, _ = run['tokens_per_step'], run['model']['flops_per_token']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        number = re.fullmatch(r'seed(\d+)', folder.name)
-        reason = f'its files cannot be read ({type(e).__name__}: {e})'
-        return Run(folder, arm, int(number[1]) if number else -1, {}, [], None, None, reason)
-    evals = [r for r in records if 'val/loss' in r]
-    steps = [r for r in records if 'tokens_per_s' in r]
-    # the first line of a process holds the compilation; a median does not see it
-    speeds = [r['tokens_per_s'] for r in steps if r['iter'] > 1] or [r['tokens_per_s'] for r in steps]
-    mfus = [r['mfu'] for r in steps if r['iter'] > 1 and r.get('mfu')]
-    state = 'finished'
-    if status != 'finished':
-        error = run.get('error') or ''
-        state = f'{status} at step {last} of {total}' + (f' ({error.split(";")[0]})' if error else '')
-    elif not evals or evals[-1]['iter'] < total:
-        state = f'ended without an evaluation at its last step, {total}'
-    elif evals[-1]['val/loss'] is None:
-        state = f'the validation loss is not a number at step {total}'
-    evals = [r for r in evals if r['val/loss'] is not None and r['train/loss'] is not None]
-    evals = [{**r, 'tokens': r['iter'] * per_step} for r in evals]
-    return Run(
-        folder,
-        arm,
-        seed,
-        run,
-        evals,
-        statistics.median(speeds) if speeds else None,
-        statistics.median(mfus) if mfus else None,
-        state,
-    )
-
-
-def find_runs(arguments: list[str]) -> list[Run]:
-    """The runs under `PATH` or `NAME=PATH` arguments, each with the name of its arm.
-
-    An arm is named by NAME, else by the folder that holds seed<k> folders, else by the run's own folder; of
-    those last ones, runs whose configs differ only in the seed are one arm.
-    """
-    found, loose, roots, named = [], [], {}, False
-    for argument in arguments:
-        name, equals, path = argument.partition('=')
-        named = named or bool(equals)
-        root = Path(path if equals else argument)
-        folders = sorted({p.parent for what in (RUN, METRICS) for p in root.rglob(what)}, key=_natural)
-        if not folders:
-            raise CompareError(
-                f'{root}: no {RUN} or {METRICS} there or below; give the folder of a run, or of many'
-            )
-        for folder in folders:
-            full = folder.resolve()
-            roots[folder] = root.resolve()
-            if equals:
-                found.append(read_run(folder, name))
-            elif re.fullmatch(r'seed\d+', full.name):
-                found.append(read_run(folder, full.parent.name))
-            else:
-                loose.append(read_run(folder, full.name))
-    alike = {}
-    for run in loose:
-        key = json.dumps(what_is_learned(run.run['config']), sort_keys=True) if run.run else run.folder
-        alike.setdefault(key, []).append(run)
-    names = [_in_common(runs) for runs in alike.values()]
-    for name, runs in zip(names, alike.values(), strict=True):
-        found += [replace(r, arm=name if names.count(name) == 1 else runs[0].arm) for r in runs]
-    # the same arm in two experiments: the experiment's name tells them apart
-    if not named and len({(r.arm, r.seed) for r in found}) < len(found) and len(set(roots.values())) > 1:
-        found = [replace(r, arm=f'{roots[r.folder].name}/{r.arm}') for r in found]
-    seen = {}
-    for run in found:
-        if (run.arm, run.seed) in seen:
-            raise CompareError(
-                f'{seen[run.arm, run.seed]} and {run.folder} are both seed {run.seed} of {run.arm!r}: leave '
-                'one out, or name them apart: NAME=PATH'
-            )
-        seen[run.arm, run.seed] = run.folder
-    return found
-
-
-def _in_common(runs: list[Run]) -> str:
-    """What the folders of runs that differ only in the seed are called but for it: a-s1 and a-s2 are a."""
-    names = {re.sub(rf'([-_.]+(seed|s)?|seed){r.seed}$', '', r.arm) if len(runs) > 1 else r.arm for r in runs}
-    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return re.sub(r'[-_.]+(seed|s)?$', '', ''.join(letters[0] for letters in same)) or runs[0].arm
-
-
-def _natural(path: Path):
-    """Sort key that puts seed10 after seed9."""
-    return [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r'(\d+)', str(path))
-    ]
-
-
-def what_is_learned(config: dict) -> dict:
-    """The knobs that decide what a run learns, of where it started only whether from other weights."""
-    learned = {name: value for name, value in {**BEFORE, **config}.items() if name not in SESSION}
-    if config.get('optimizer') != 'muon':
-        del learned['muon_qkv']
-    if config.get('init_from') not in (None, 'scratch', 'resume', 'auto'):
-        learned['init_from'] = config['init_from']
-    return learned
-
-
-def validation_set(run: Run):
-    """What the validation loss is a mean over. The whole split is the same tokens whatever the block size."""
-    config, data = run.config, run.run.get('data') or {}
-    windows, size = config['eval_iters'] * config['batch_size'], config['block_size']
-    targets = (data.get('tokens') or {}).get('val', math.inf) - 1
-    whole = windows == 0 or windows * size >= targets
-    return data.get('fingerprint'), 'every token' if whole else f'{windows} windows of {size} tokens'
+    """Runs that cannot be compared: which, why, and the fix, in one line."""
 
 
 # -----------------------------------------------------------------------------
@@ -239,6 +94,8 @@ def paired(new: dict[int, float], base: dict[int, float]) -> Difference | None:
         return Difference(seeds, values, mean, None, None, None)
     if len(set(values)) == 1:  # identical models: t has no spread to divide by
         return Difference(seeds, values, mean, mean, mean, 1.0 if mean == 0 else None)
+    from scipy import stats  # here: it takes a second to import, and --help needs none of it
+
     test = stats.ttest_rel([new[s] for s in seeds], [base[s] for s in seeds])
     interval = test.confidence_interval(0.95)
     return Difference(seeds, values, mean, float(interval.low), float(interval.high), float(test.pvalue))
@@ -254,28 +111,46 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-class Arm:
-    """The runs of one arm and what they come to."""
+class Compared(Arm):
+    """An arm in a comparison: how it is drawn, and how it stands to the baseline."""
 
     def __init__(self, name: str, runs: list[Run]):
-        self.name = name
-        self.runs = sorted(runs, key=lambda r: r.seed)
-        self.finished = [r for r in self.runs if r.finished]
-        # a run that stands for the arm in what its runs agree in; None if no file of any can be read
-        self.one = next((r for r in [*self.finished, *self.runs] if r.run), None)
-        self.speed = self.mean('tokens_per_s')
+        super().__init__(name, runs)
         self.colour, self.dash = '#000000', ''
         self.difference: Difference | None = None  # of the validation loss to the baseline's
         self.p_holm: float | None = None
         self.speedup: Difference | None = None  # of log tokens per second to the baseline's
+        self.sooner: float | None = (
+            None  # of the baseline's tokens: what it needs to reach the baseline's loss
+        )
+        self.sweep = sweep_of(self) if self.one else {}  # learning rate -> loss
 
-    def by_seed(self, name: str) -> dict[int, float]:
-        """seed -> an attribute of the finished run, where it is known."""
-        return {r.seed: getattr(r, name) for r in self.finished if getattr(r, name) is not None}
+    @property
+    def seconds(self) -> float | None:
+        """Of training, at the mean speed."""
+        return (
+            self.one.config['max_iters'] * self.one.run['tokens_per_step'] / self.speed
+            if self.speed
+            else None
+        )
 
-    def mean(self, name: str) -> float | None:
-        values = list(self.by_seed(name).values())
-        return statistics.fmean(values) if values else None
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The mean validation loss in bits per byte of text; None where the data do not tell their bytes."""
+        sizes = ((self.one.run.get('data') or {}).get('bytes_per_token') or {}) if self.one else {}
+        loss = self.mean('val_loss')
+        return loss / (math.log(2) * sizes['val']) if sizes.get('val') and loss is not None else None
+
+    def sensitivity(self) -> list[float | None]:
+        """How much higher the sweep's loss is at half its best rate, and at twice; None where not swept."""
+        if not self.sweep:
+            return [None, None]
+        best = min(self.sweep, key=self.sweep.__getitem__)
+        found = []
+        for wanted in (best / 2, best * 2):
+            rate = next((r for r in self.sweep if math.isclose(r, wanted, rel_tol=0.01)), None)
+            found.append(None if rate is None else self.sweep[rate] - self.sweep[best])
+        return found
 
     def points(self, base: Arm | None) -> list[dict]:
         """One per evaluation that every finished run has: means and spread over seeds, and what it cost."""
@@ -290,9 +165,10 @@ class Arm:
             point = {'iter': it, 'tokens': tokens, 'flops': tokens * flops}
             point['seconds'] = tokens / self.speed if self.speed else None
             for name in ('val', 'train'):
-                values = [evals[it][f'{name}/loss'] for evals in runs.values()]
-                point[name] = statistics.fmean(values)
-                point[f'{name}_sd'] = statistics.stdev(values) if len(values) > 1 else 0.0
+                values = [evals[it].get(f'{name}/loss') for evals in runs.values()]
+                known = None not in values
+                point[name] = statistics.fmean(values) if known else None
+                point[f'{name}_sd'] = statistics.stdev(values) if known and len(values) > 1 else 0.0
             point['seeds'] = {seed: evals[it]['val/loss'] for seed, evals in runs.items()}
             d = paired(
                 point['seeds'], {s: evals[it]['val/loss'] for s, evals in others.items() if it in evals}
@@ -316,10 +192,12 @@ class Comparison:
         if baseline is None and len(names) > 1:
             baseline = 'vanilla' if 'vanilla' in names else names[0]
         names = [n for n in names if chosen is None or n in (*chosen, baseline)]
-        arms = [Arm(n, [r for r in runs if r.arm == n]) for n in names]
+        arms = [Compared(n, [r for r in runs if r.arm == n]) for n in names]
         self.base = next((a for a in arms if a.name == baseline), None)
+        losses = {a.name: a.mean('val_loss') for a in arms}
         self.others = sorted(
-            (a for a in arms if a is not self.base), key=lambda a: a.mean('val_loss') or math.inf
+            (a for a in arms if a is not self.base),
+            key=lambda a: math.inf if losses[a.name] is None else losses[a.name],
         )
         self.arms = [self.base, *self.others] if self.base else self.others
         refuse_other_validation_sets(self.arms)
@@ -328,6 +206,8 @@ class Comparison:
         if self.base:
             self._hold_against_base()
         self.points = {a.name: a.points(None if a is self.base else self.base) for a in self.arms}
+        for arm in self.others if self.base else ():
+            arm.sooner = sooner(self.points[arm.name], self.points[self.base.name])
         self.warnings = list(cautions(self.arms, self.base))
 
     def _hold_against_base(self):
@@ -340,7 +220,28 @@ class Comparison:
             arm.p_holm = p
 
 
-def refuse_other_validation_sets(arms: list[Arm]):
+def sooner(points: list[dict], base: list[dict]) -> float | None:
+    """The share of the baseline's tokens after which an arm's mean curve reaches the baseline's last loss.
+
+    Over the seeds that both have, with straight lines between evaluations. inf where it never does; None
+    where they have no seed in common, or no evaluation.
+    """
+    seeds = points[-1]['seeds'].keys() & base[-1]['seeds'].keys() if points and base else ()
+    if not seeds or not base[-1]['tokens']:
+        return None
+    target = statistics.fmean(base[-1]['seeds'][s] for s in seeds)
+    curve = [(p['tokens'], statistics.fmean(p['seeds'][s] for s in seeds)) for p in points]
+    before = None
+    for tokens, loss in curve:
+        if loss <= target:
+            if before and before[1] > loss:
+                tokens = before[0] + (tokens - before[0]) * (before[1] - target) / (before[1] - loss)
+            return tokens / base[-1]['tokens']
+        before = tokens, loss
+    return math.inf
+
+
+def refuse_other_validation_sets(arms: list[Compared]):
     """Losses over different tokens say nothing about each other."""
     sets = {}
     for run in (r for a in arms for r in a.runs if r.run):
@@ -368,16 +269,24 @@ APART = {  # what follows where two runs of a pair differ in one of their `surro
 }
 
 
-def cautions(arms: list[Arm], base: Arm | None):
+def cautions(arms: list[Compared], base: Compared | None):
     """What is not equal and should be, and what is too little, line by line: shown above everything else."""
     for arm in arms:
         for run in (r for r in arm.runs if not r.finished):
             yield f'{arm.name}, seed {run.seed}: {run.state}; it does not count ({run.folder.as_posix()})'
+        for run in (r for r in arm.finished if r.evaluated_from is not None):
+            yield (
+                f'{arm.name}, seed {run.seed}: its evaluation settings changed at step {run.evaluated_from}; '
+                'its curve begins there'
+            )
         kinds = {json.dumps(what_is_learned(r.config), sort_keys=True): r for r in arm.runs if r.run}
         if len(kinds) > 1:
             a, b = list(kinds.values())[:2]
             knobs = ', '.join(f'{k} {v!r} and {w!r}' for k, v, w in unlike(a.config, b.config))
             yield f'{arm.name}: its runs differ in more than the seed (seeds {a.seed} and {b.seed}: {knobs})'
+        if arm.finished and not arm.points(None):
+            yield f'{arm.name}: its runs have no evaluation in common, so no curve of it is drawn'
+    yield from same_models(arms)
     few = [
         f'{a.name} ({len(a.difference.seeds)})' for a in arms if a.difference and len(a.difference.seeds) < 5
     ]
@@ -407,6 +316,25 @@ def cautions(arms: list[Arm], base: Arm | None):
                 yield f'{arm.name} ran with {name} {a}, {base.name} with {b} (seeds {seeds}): {follows}'
 
 
+def same_models(arms: list[Compared]):
+    """A line for every arm that is the same model as another one, trained alike except for the rate."""
+    known = {}
+    for arm in arms:
+        if not arm.one:
+            continue
+        learned, model = what_is_learned(arm.one.config), arm.one.run['model']
+        attention = learned.pop('attention')
+        described = arm.one.run.get('describe') or attention
+        rest = {k: v for k, v in learned.items() if k not in ('learning_rate', 'muon_learning_rate')}
+        sizes = [model['params'], model['flops_per_token'], model['cache_bytes_per_token']]
+        first = known.setdefault(json.dumps([described, rest, sizes], sort_keys=True), arm)
+        if first is not arm:
+            yield (
+                f'{arm.name} and {first.name} are the same model: their heads read the same keys and values, '
+                'and they are trained alike'
+            )
+
+
 def surroundings(run: Run) -> dict:
     """What a run's results depend on beside its knobs."""
     device = run.run.get('device') or {}
@@ -419,12 +347,6 @@ def surroundings(run: Run) -> dict:
         'compile': run.config.get('compile'),
         'torch': (run.run.get('versions') or {}).get('torch'),
     }
-
-
-def unlike(a: dict, b: dict) -> list[tuple]:
-    """(knob, value in a, value in b) for every knob of learning in which two configs differ."""
-    a, b = what_is_learned(a), what_is_learned(b)
-    return [(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 # -----------------------------------------------------------------------------
@@ -455,7 +377,7 @@ def probability(p: float | None) -> str:
     return NOTHING if p is None else '< 0.0001' if p < 0.0001 else f'{p:.4f}'
 
 
-def verdict(arm: Arm) -> str:
+def verdict(arm: Compared) -> str:
     if arm.p_holm is None:
         return 'not tested'
     return 'no difference shown' if arm.p_holm >= 0.05 else 'better' if arm.difference.mean < 0 else 'worse'
@@ -472,36 +394,64 @@ def duration(seconds: float) -> str:
     )
 
 
+COSTS = 'learning rate'  # the first column of the second table: how arms were trained, and what they cost
+
+
 def table(c: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, one row per arm, for Markdown and for the page."""
     to = c.base.name if c.base else 'the baseline'
     rows = []
     for arm in c.arms:
         n, of = len(arm.finished), len(arm.runs)
+        config, run = (arm.one.config, arm.one.run) if arm.one else ({}, {})
+        model, base = run.get('model', {}), arm is c.base
+        train, bits = arm.mean('train_loss'), arm.bits_per_byte
+        mfu, memory = arm.mean('mfu'), arm.mean('peak_memory')
+        fixed = model.get('state_bytes')  # of a recurrence, whatever the length
         row = {'arm': arm.name, 'seeds': str(n) if n == of else f'{n} of {of}'}
         row['val loss'] = spread(arm.by_seed('val_loss').values())
+        row['bits per byte'] = NOTHING if bits is None else f'{bits:.4f}'
         row[f'difference to {to} [95 % CI]'] = with_interval(arm.difference, '+.4f')
         row['p (Holm)'] = probability(arm.p_holm)
-        row['verdict'] = 'baseline' if arm is c.base else verdict(arm)
-        row['train loss'] = f'{arm.mean("train_loss"):.4f}' if n else NOTHING
-        config, run = (arm.one.config, arm.one.run) if arm.one else ({}, {})
-        model, steps = run.get('model', {}), config.get('max_iters')
-        row['learning rate'] = f'{config["learning_rate"]:g}' if config else NOTHING
-        row['steps'] = str(steps) if steps else NOTHING
+        row['verdict'] = 'baseline' if base else verdict(arm)
+        row[f"tokens to {to}'s loss"] = share(arm.sooner)
+        row[f"time to {to}'s loss"] = share(arm.sooner, arm.speedup) if arm.speedup else NOTHING
+        row['train loss'] = NOTHING if train is None else f'{train:.4f}'
+        row[COSTS] = f'{config["learning_rate"]:g}' if config else NOTHING
+        row['at half, twice the rate'] = ', '.join(higher(loss) for loss in arm.sensitivity())
+        row['steps'] = f'{config["max_iters"]}' if config.get('max_iters') else NOTHING
         row['parameters'] = f'{model["params"] / 1e6:.3f}M' if model else NOTHING
         row['FLOPs per token'] = f'{model["flops_per_token"] / 1e6:.2f}M' if model else NOTHING
         row['tokens/s'] = f'{arm.speed:,.0f}' if arm.speed else NOTHING
         row[f'speed / {to} [95 % CI]'] = with_interval(arm.speedup, '.3f', math.exp)
-        row['training time'] = duration(steps * run['tokens_per_step'] / arm.speed) if arm.speed else NOTHING
-        mfu, memory = arm.mean('mfu'), arm.mean('peak_memory')
+        row['training time'] = duration(arm.seconds) if arm.speed else NOTHING
         row['MFU'] = f'{mfu:.1%}' if mfu else NOTHING
         row['peak memory'] = f'{memory / 2**20:,.0f} MiB' if memory else NOTHING
         row['KV cache per token'] = f'{model["cache_bytes_per_token"]:,} B' if model else NOTHING
-        fixed = model.get('state_bytes')  # of a recurrence, whatever the length
         row['state per sequence'] = f'{fixed:,} B' if fixed else NOTHING
         rows.append(row)
-    shown = [name for name in rows[0] if any(row[name] != NOTHING for row in rows)]
+    nothing = {NOTHING, f'{NOTHING}, {NOTHING}'}
+    shown = [name for name in rows[0] if any(row[name] not in nothing for row in rows)]
     return shown, [[row[name] for name in shown] for row in rows]
+
+
+def share(tokens: float | None, speedup: Difference | None = None) -> str:
+    """What an arm needs of the baseline's tokens, or, with its speed, of the baseline's time."""
+    if tokens is None:
+        return NOTHING
+    if math.isinf(tokens):
+        return 'not reached'
+    return f'{tokens / (math.exp(speedup.mean) if speedup else 1):.2f}'
+
+
+def higher(loss: float | None) -> str:
+    return NOTHING if loss is None else 'failed' if math.isinf(loss) else f'+{loss:.4f}'
+
+
+def one_line(text: str) -> str:
+    """Text that breaks neither a line nor a table of Markdown."""
+    text = text.replace('|', '\\|').replace('$', '\\$')
+    return ' '.join(re.sub(r'<(?=[A-Za-z/!])', '&lt;', text).split())
 
 
 def what_differs(c: Comparison) -> list[str]:
@@ -518,7 +468,7 @@ def provenance(c: Comparison) -> list[str]:
     """Where the numbers come from: machine, code, data."""
     facts = {}
     for run in (r for a in c.arms for r in a.runs if r.run):
-        commit, changes = re.fullmatch(r'(\w{0,10})\w*(.*)', str(run.run.get('commit'))).groups()
+        commit, changes = re.fullmatch(r'(\w{0,10})\w*(.*)', str(run.run.get('commit')), re.DOTALL).groups()
         fingerprint, validated = validation_set(run)
         data = f'{run.config.get("dataset")}, fingerprint {str(fingerprint)[:12]}'
         known = surroundings(run) | {'commit': commit + changes, 'data': data, 'validated on': validated}
@@ -530,26 +480,41 @@ def provenance(c: Comparison) -> list[str]:
 def reading_guide(c: Comparison) -> str:
     text = 'Validation loss at the last step in nats per token, mean ± standard deviation over seeds.'
     if c.base:
+        base = c.base.name
         text += (
-            f' Differences to {c.base.name} are paired by seed: mean and 95 % confidence interval (paired '
-            "t), p with Holm's correction over all arms of this table; negative is better. Speed is the "
-            'ratio of the median tokens per second, paired by seed, with its 95 % interval; training '
-            'time is that of all steps at the mean speed.'
+            f' Differences to {base} are paired by seed: mean and 95 % confidence interval (paired t), p '
+            "with Holm's correction over all arms of this table; negative is better. Tokens and time to "
+            f"{base}'s loss: the share of {base}'s tokens and time after which an arm's mean curve reaches "
+            f"{base}'s last loss (straight lines between evaluations, at a learning rate still high). "
+            'Speed is the ratio of the median tokens per second, paired by seed, with its 95 % interval; '
+            'training time is that of all steps at the mean speed.'
         )
+    if any(arm.sweep for arm in c.arms):
+        text += " At half, twice the rate: how much higher the sweep's loss is there than at its best rate."
     return text + ' FLOPs are of forward and backward pass; parameters are without position embeddings.'
 
 
 def markdown(c: Comparison, title: str, command: str) -> str:
     header, rows = table(c)
-    lines = [f'### {title}', '']
+    lines = [f'### {one_line(title)}', '']
     for warning in c.warnings:
-        lines += [f'> **Caution:** {warning}', '>']
+        lines += [f'> **Caution:** {one_line(warning)}', '>']
     lines += [''] * bool(c.warnings)
-    lines += ['| ' + ' | '.join(row) + ' |' for row in (header, ['---'] * len(header), *rows)]
-    lines += ['', reading_guide(c), '']
+    cut = header.index(COSTS) if COSTS in header else len(header)
+    costs = [[row[0], *row[cut:]] for row in (header, *rows)]
+    for head, *body in ([row[:cut] for row in (header, *rows)], *[costs] * (cut < len(header))):
+        rule = ['---'] * len(head)
+        lines += ['| ' + ' | '.join(map(one_line, row)) + ' |' for row in (head, rule, *body)]
+        lines.append('')
+    lines += [reading_guide(c), '']
     if c.others and c.base:
-        lines += ['Knobs that differ from the baseline:', '', *(f'- {line}' for line in what_differs(c)), '']
-    lines += ['Where the numbers come from:', '', *(f'- {line}' for line in provenance(c))]
+        lines += [
+            'Knobs that differ from the baseline:',
+            '',
+            *(f'- {one_line(line)}' for line in what_differs(c)),
+            '',
+        ]
+    lines += ['Where the numbers come from:', '', *(f'- {one_line(line)}' for line in provenance(c))]
     lines += [f'- made by `{command}`', '']
     return '\n'.join(lines)
 
@@ -575,8 +540,24 @@ X_AXES = {
 }
 
 
-def style(arm: Arm) -> dict:
+def figure_of(columns: int, size: tuple, **options):
+    """A figure and its axes in a row. matplotlib is imported here, because it takes a second to import."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {'font.size': 9, 'text.parse_math': False}  # a $ in a name is a $
+    figure = Figure(figsize=size, layout='constrained')
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def style(arm: Compared) -> dict:
     return {'color': arm.colour, 'linestyle': (0, tuple(map(float, arm.dash.split()))) if arm.dash else '-'}
+
+
+def label_of(arm: Arm) -> str:
+    """Its name in a line; matplotlib leaves a name that begins with _ out of legends."""
+    name = ' '.join(arm.name.split())
+    return f' {name}' if name.startswith('_') else name
 
 
 def fit_y(ax, values: list[float]):
@@ -586,23 +567,24 @@ def fit_y(ax, values: list[float]):
 
 
 def late(curve: list[dict]) -> list[dict]:
-    return [p for p in curve if p['iter'] >= SHOWN_FROM * curve[-1]['iter']]
+    return [p for p in curve if p['iter'] >= SHOWN_FROM * curve[-1]['iter']]  # none of an empty curve
 
 
 def draw_curves(ax, c: Comparison, x: str, y: str):
     """Means over seeds with a band of one standard deviation; unfinished runs one by one, thin and dotted."""
     shown = []
     for arm in c.arms:
-        curve = [p for p in c.points[arm.name] if p[x] is not None]
+        curve = [p for p in c.points[arm.name] if p[x] is not None and p[y] is not None]
         if curve:
             xs, ys, sds = ([p[name] for p in curve] for name in (x, y, f'{y}_sd'))
-            ax.plot(xs, ys, label=arm.name, linewidth=1.4, **style(arm))
+            ax.plot(xs, ys, label=label_of(arm), linewidth=1.4, **style(arm))
             low, high = ([v + sign * sd for v, sd in zip(ys, sds, strict=True)] for sign in (-1, 1))
             ax.fill_between(xs, low, high, color=arm.colour, alpha=0.15, linewidth=0)
             shown += [p[y] for p in late(curve)]
         for run in arm.runs:
-            if not run.finished and run.evals and x in ('iter', 'tokens'):
-                xs, ys = ([e[name] for e in run.evals] for name in (x, f'{y}/loss'))
+            evals = [e for e in run.evals if e.get(f'{y}/loss') is not None]
+            if not run.finished and evals and x in ('iter', 'tokens'):
+                xs, ys = ([e[name] for e in evals] for name in (x, f'{y}/loss'))
                 ax.plot(xs, ys, color=arm.colour, linewidth=0.8, linestyle=':')
                 ax.plot(xs[-1], ys[-1], 'x', color=arm.colour, markersize=5)
     fit_y(ax, shown)
@@ -617,7 +599,7 @@ def legend_below(figure, ax, columns: int):
 
 
 def draw_loss(c: Comparison):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout='constrained')
+    figure, axes = figure_of(2, (10, 4.4))
     for ax, y, name in zip(axes, ('train', 'val'), ('training', 'validation'), strict=True):
         draw_curves(ax, c, 'iter', y)
         ax.set_ylabel(f'{name} loss, nats per token')
@@ -626,7 +608,7 @@ def draw_loss(c: Comparison):
 
 
 def draw_cost(c: Comparison):
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), layout='constrained', sharey=True)
+    figure, axes = figure_of(3, (12, 4.2), sharey=True)
     for ax, x in zip(axes, ('tokens', 'flops', 'seconds'), strict=True):
         draw_curves(ax, c, x, 'val')
     axes[0].set_ylabel('validation loss, nats per token')
@@ -638,7 +620,7 @@ def draw_difference(c: Comparison):
     """Where arms ended, seed by seed, and how the difference went on the way there."""
     compared = [a for a in c.others if a.difference]
     height = max(3.6, 1.4 + 0.34 * len(compared))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout='constrained')
+    figure, (left, right) = figure_of(2, (11, height))
     shown, ends = [0.0], []
     for row, arm in enumerate(compared):
         d = arm.difference
@@ -654,16 +636,16 @@ def draw_difference(c: Comparison):
             right.fill_between(xs, low, high, color=arm.colour, alpha=0.12, linewidth=0)
         values = [p[name] for p in late(curve) for name in ('difference', 'low', 'high')]
         shown += [v for v in values if v is not None]
-        ends.append((curve[-1]['difference'], arm))
+        ends += [(p['difference'], arm) for p in curve[-1:]]
     fit_y(right, shown)
     # names at the ends of the lines, moved apart where they would overlap
     apart, lowest = (max(shown) - min(shown)) / (5 * height), -math.inf
     for value, arm in sorted(ends, key=lambda end: end[0]):
         lowest = max(value, lowest + apart)
         place = {'xycoords': ('axes fraction', 'data'), 'va': 'center', 'fontsize': 8}
-        right.annotate(arm.name, (1.01, lowest), color=arm.colour, **place)
+        right.annotate(label_of(arm), (1.01, lowest), color=arm.colour, **place)
     left.locator_params(axis='x', nbins=6)  # more of such long numbers would run into one another
-    left.set_yticks(range(len(compared)), [a.name for a in compared])
+    left.set_yticks(range(len(compared)), [label_of(a) for a in compared])
     left.set_ylim(len(compared) - 0.5, -0.5)
     left.set_xlabel(
         f'validation loss minus that of {c.base.name}, last step (nats per token)\n'
@@ -685,33 +667,65 @@ def draw_speed(c: Comparison):
     if any(a.mean('mfu') for a in arms):
         panels['mfu'] = 'MFU: share of the peak FLOP/s of the device'
     size = (5.5 * len(panels) + 1, max(2.4, 1 + 0.32 * len(arms)))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, layout='constrained', squeeze=False, sharey=True
-    )
-    for ax, (name, label) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = figure_of(len(panels), size, sharey=True)
+    for ax, (name, label) in zip(axes, panels.items(), strict=True):
         for row, arm in enumerate(arms):
             values = list(arm.by_seed(name).values())
             ax.barh(row, arm.mean(name) or 0, color=arm.colour, alpha=0.75, height=0.65)
             ax.plot(values, [row] * len(values), 'o', color='white', markeredgecolor='black', markersize=4)
-        ax.set_yticks(range(len(arms)), [a.name for a in arms])
+        ax.set_yticks(range(len(arms)), [label_of(a) for a in arms])
         ax.set_xlabel(label)
         ax.grid(axis='x', alpha=0.25, linewidth=0.5)
-    axes[0][0].set_ylim(len(arms) - 0.5, -0.5)
+    axes[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure
+
+
+def draw_pareto(c: Comparison):
+    """What a loss costs: a token's KV cache, and seconds of training. A line joins the arms that no other
+    beats in both."""
+    panels = {
+        'KV cache, bytes per token': lambda arm: arm.one.run['model']['cache_bytes_per_token'],
+        'training seconds at the mean speed': lambda arm: arm.seconds,
+    }
+    arms = [a for a in c.arms if a.finished]
+    figure, axes = figure_of(len(panels), (10, 4.6), sharey=True)
+    for ax, (label, cost) in zip(axes, panels.items(), strict=True):
+        known = [(cost(arm), arm.mean('val_loss'), arm) for arm in arms if cost(arm) is not None]
+        for x, y, arm in known:
+            spread_of = list(arm.by_seed('val_loss').values())
+            error = statistics.stdev(spread_of) if len(spread_of) > 1 else 0
+            ax.errorbar(x, y, error, fmt='o', color=arm.colour, capsize=3, label=label_of(arm))
+        front = [p for p in known if not any(beats(other, p) for other in known)]
+        front.sort(key=lambda p: p[:2])
+        ax.plot([p[0] for p in front], [p[1] for p in front], color='#999999', linewidth=0.8, zorder=0)
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.25, linewidth=0.5)
+    axes[0].set_ylabel('validation loss, nats per token')
+    figure.suptitle(
+        'Bars: standard deviation over seeds. Line: arms that no other beats in both.', fontsize=8
+    )
+    legend_below(figure, axes[0], 5)
+    return figure
+
+
+def beats(one: tuple, other: tuple) -> bool:
+    """Whether a (cost, loss, …) is nowhere worse than another and somewhere better."""
+    return one[0] <= other[0] and one[1] <= other[1] and one[:2] != other[:2]
 
 
 def draw(c: Comparison, folder: Path):
     """Write the .png files; one that has nothing to show is removed."""
     figures = {'loss': draw_loss(c), 'cost': draw_cost(c)}
+    if sum(bool(a.finished) for a in c.arms) > 1:
+        figures['pareto'] = draw_pareto(c)
     if any(a.difference for a in c.others):
         figures['difference'] = draw_difference(c)
     if any(a.speed for a in c.arms):
         figures['speed'] = draw_speed(c)
-    for name in ('loss', 'cost', 'difference', 'speed'):
+    for name in ('loss', 'cost', 'difference', 'speed', 'pareto'):
         path = folder / f'{name}.png'
         if name in figures:  # without the drawing program's version: the same results give the same bytes
             figures[name].savefig(path, dpi=110, metadata={'Software': None})
-            plt.close(figures[name])
         else:
             path.unlink(missing_ok=True)
 
@@ -751,6 +765,7 @@ def page(c: Comparison, title: str, command: str) -> str:
         'axes': X_AXES,
         'shown_from': SHOWN_FROM,
         'header': header,
+        'costs': header.index(COSTS) if COSTS in header else len(header),
         'arms': arms,
     }
     data = json.dumps(report, allow_nan=False).replace(
@@ -763,34 +778,30 @@ def page(c: Comparison, title: str, command: str) -> str:
 # -----------------------------------------------------------------------------
 
 
-def main(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    option = parser.add_argument
-    option('results', nargs='+', metavar='[NAME=]PATH', help='folders of runs, or of trees of runs')
-    option('--baseline', help="the arm that others are compared with ('vanilla', else the first)")
-    option('--arms', help='only these arms, separated by commas (and the baseline)')
-    option('--name', help='of the comparison (the name of the first folder)')
-    option('--out', type=Path, default=Path('charts'), help='the folder in which NAME/ is written (charts)')
-    option('--insert', type=Path, metavar='FILE.md', help='also put the table between the markers there')
-    args = parser.parse_args(argv)
-    command = 'python compare.py ' + ' '.join(argv)
-    try:
-        c = Comparison(find_runs(args.results), args.baseline, args.arms.split(',') if args.arms else None)
-        name = args.name or Path(args.results[0].rpartition('=')[2]).resolve().name
-        folder = args.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(c, folder)
-        text = markdown(c, name, command)
-        (folder / 'table.md').write_text(text, encoding='utf-8')
-        (folder / 'index.html').write_text(page(c, name, command), encoding='utf-8')
-        if args.insert:
-            insert(text, name, args.insert)
-    except CompareError as e:
-        sys.exit(f'compare.py: {e}')
+def main(argv: list[str]) -> int:
+    k, _, paths = configure(Knobs, argv, __doc__, words='[NAME=]PATH …')
+    if not paths:
+        raise ConfigError('which runs? Give their folders, or one that holds them: compare.py results/4-cpu')
+    if k.pack:
+        print(f'kept: {", ".join(path.as_posix() for path in pack([*map(Path, paths)], Path(k.pack)))}')
+        return 0
+    c = Comparison(find_runs(paths), k.baseline or None, k.arms.split(',') if k.arms else None)
+    command = 'python compare.py ' + shlex.join(argv)
+    first = unpacked(root_of(paths[0])[1].resolve())
+    name = k.name or first.name
+    check_name('the name of the comparison', name)
+    kept = first.is_relative_to(ROOT / 'results')
+    folder = Path(k.out or ('charts' if kept else 'out/charts')) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(c, folder)
+    text = markdown(c, name, command)
+    (folder / 'table.md').write_text(text, encoding='utf-8')
+    (folder / 'index.html').write_text(page(c, name, command), encoding='utf-8')
+    if k.insert:
+        insert(text, name, Path(k.insert))
     print(text)
     print(f'{folder.as_posix()}/: table.md, index.html and the charts')
+    return 0
 
 
 if __name__ == '__main__':

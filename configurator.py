@@ -2,6 +2,7 @@
 Knobs of a program: defaults from a frozen dataclass, then config files, then --key=value, all checked.
 
     python train.py config/baseline.py config/small.py --max_iters=1e3 --compile
+    python compare.py out/a out/b --baseline a
 
 A program declares its knobs as a frozen dataclass of int, float, bool and str (or one of them | None), one
 knob a line. The comment that ends the line is its help text; a comment on a line of its own opens a section:
@@ -37,10 +38,14 @@ _WANTED = {
     bool: 'true or false (bool)',
     str: 'text (str)',
 }
-_USAGE = """
-Config files (*.py) and --key=value go in any order. The command line wins over files, later over earlier.
---key alone sets a bool to true. Every knob with its default, type and meaning:
-"""
+_USAGE = (
+    'Config files (*.py) and --key=value (or --key value) go in any order. The command line wins over files, '
+    'later over earlier. --key alone sets a bool to true. Every knob with its default, type and meaning:'
+)
+_USAGE_OF_WORDS = (
+    '{words} and --key=value (or --key value) go in any order; later wins over earlier. --key alone sets a '
+    'bool to true. Every knob with its default, type and meaning:'
+)
 
 
 class UserError(Exception):
@@ -60,7 +65,7 @@ class ConfigError(UserError):
 class Configured(typing.NamedTuple):
     knobs: typing.Any  # an instance of the dataclass
     given: dict  # name -> value of every knob that a file or the command line set, be it to its default
-    files: list  # the config files as pathlib.Path, in the order they were applied
+    files: list  # the config files as pathlib.Path, in the order they were applied; or the words, as they are
 
 
 def run_program(main):
@@ -88,40 +93,80 @@ def _status_of(call):
     return status
 
 
-def configure(cls, argv, doc=''):
+def configure(cls, argv, doc='', words=''):
     """
     The knobs of dataclass `cls` as set by `argv` (without the program's name).
 
-    argv holds config files (*.py), `--key=value`, and `--key` alone to set a bool to true, in any order. The
-    command line wins over files, later wins over earlier. `--help` or `-h` prints `doc` and every knob, then
-    exits with 0. Returns Configured; raises ConfigError.
+    argv holds config files (*.py), `--key=value` or `--key value`, and `--key` alone to set a bool to true,
+    in any order. The command line wins over files, later wins over earlier. `--help` or `-h` prints `doc` and
+    every knob, then exits with 0. words: what the other arguments are called, in a program that has such
+    ('FOLDER …'); it then has no config files, and they come back as they are. Returns Configured; raises
+    ConfigError.
     """
     if '--help' in argv or '-h' in argv:
-        print(help_text(cls, doc))
+        print(help_text(cls, doc, words))
         sys.exit(0)
-    kinds = _kinds(cls)
-    files, options = [], {}
-    for before, arg in zip(['', *argv], argv, strict=False):
-        key, equals, text = arg.removeprefix('--').partition('=')
-        if arg.startswith('--'):
-            kind, optional = kinds.get(key, (str, False))  # _checked refuses an unknown key
-            if key in kinds and not equals:
-                if kind is not bool:
-                    raise ConfigError(f'the command line gives {arg} no value; write {arg}=value')
-                text = 'true'
-            options[key] = _checked(cls, key, _parsed(text, kind, optional), 'the command line')
-        elif arg.endswith('.py'):
-            files.append(Path(arg))
-        else:
-            mend = f'{before}={arg}' if before.startswith('--') and '=' not in before else '--key=value'
-            raise ConfigError(f'argument {arg!r} is neither a config file (*.py) nor a knob; write {mend}')
+    options, others = _options_of(argv, _kinds(cls))
+    given = {key: _from_text(cls, key, text) for key, text in options}
+    if words:
+        return Configured(cls(**given), given, [arg for _, arg in others])
+    for before, arg in others:
+        if not arg.endswith('.py'):
+            fix = f'{before}={arg}' if before.startswith('--') and '=' not in before else '--key=value'
+            raise ConfigError(f'argument {arg!r} is neither a config file (*.py) nor a knob; write {fix}')
+    files = [Path(arg) for _, arg in others]
     for path in files:  # before any of them runs
         _require(path)
-    given = {}
+    from_files = {}
     for path in files:
-        given |= _run_config(cls, path)
-    given |= options
+        from_files |= _run_config(cls, path)
+    given = from_files | given
     return Configured(cls(**given), given, files)
+
+
+def divide(cls, other, argv):
+    """
+    One command line for two dataclasses of knobs: (the arguments for `cls`, `--key=value` for the other).
+    Names and values of the other's knobs are checked here: ConfigError.
+    """
+    kinds, others = _kinds(cls), _kinds(other)
+    options, words = _options_of([arg for arg in argv if arg not in ('--help', '-h')], others | kinds)
+    own, passed = [arg for _, arg in words], []
+    for key, text in options:
+        if key in kinds:
+            own.append(f'--{key}={text}')
+        elif key in others:
+            _from_text(other, key, text)
+            passed.append(f'--{key}={text}')
+        else:
+            raise _unknown(key, others | kinds, 'the command line')
+    return [*own, *(arg for arg in argv if arg in ('--help', '-h'))], passed
+
+
+def _options_of(argv, kinds):
+    """argv as ([(key, text of its value)], [(the argument before, any other argument)])."""
+    options, others, rest, before = [], [], list(argv), ''
+    while rest:
+        arg = rest.pop(0)
+        key, equals, text = arg.removeprefix('--').partition('=')
+        if not arg.startswith('--'):
+            others.append((before, arg))
+        elif equals or key not in kinds:
+            options.append((key, text))
+        elif kinds[key][0] is bool:
+            options.append((key, 'true'))
+        elif rest and not rest[0].startswith('--'):
+            options.append((key, rest.pop(0)))
+        else:
+            raise ConfigError(f'the command line gives {arg} no value; write {arg}=value')
+        before = arg
+    return options, others
+
+
+def _from_text(cls, key, text):
+    """The value of a knob that the command line gives as text; ConfigError."""
+    kind, optional = _kinds(cls).get(key, (str, False))  # _checked refuses an unknown key
+    return _checked(cls, key, _parsed(text, kind, optional), 'the command line')
 
 
 def from_dict(cls, values, where):
@@ -135,7 +180,7 @@ def from_dict(cls, values, where):
     return cls(**{name: _checked(cls, name, value, where) for name, value in values.items()})
 
 
-def check_command_line(cls, doc=''):
+def check_command_line(cls, doc='', words=''):
     """
     Answer --help and refuse wrong flags, as the first act of a program: before it imports what takes seconds.
 
@@ -146,7 +191,14 @@ def check_command_line(cls, doc=''):
 
     No config file is run here: `configure` does that, and everything else, later.
     """
-    check_first(lambda argv: configure(cls, [arg for arg in argv if arg.startswith('-')], doc))
+
+    def parse(argv):
+        if '--help' in argv or '-h' in argv:
+            configure(cls, argv, doc, words)  # prints it and exits
+        for key, text in _options_of(argv, _kinds(cls))[0]:
+            _from_text(cls, key, text)
+
+    check_first(parse)
 
 
 def check_first(parse):
@@ -156,7 +208,7 @@ def check_first(parse):
         sys.exit(status)
 
 
-def help_text(cls, doc=''):
+def help_text(cls, doc='', words=''):
     """`doc`, then every knob of `cls` by section: default, type, and the comment that ends its line."""
     comments, section = {}, ''
     for owner in reversed(cls.__mro__[:-1]):  # an inherited knob is documented where it is declared
@@ -173,7 +225,8 @@ def help_text(cls, doc=''):
             elif token.type == tokenize.COMMENT and not token.line[:column].strip():
                 section = f'{section} {text}' if row == section_row + 1 else text
                 section_row = row
-    lines, section = [doc.strip(), _USAGE.rstrip()], None
+    usage = _USAGE_OF_WORDS.format(words=words) if words else _USAGE
+    lines, section = [doc.strip(), '', *textwrap.wrap(usage, 110)], None
     for f in fields(cls):
         kind, optional = _kinds(cls)[f.name]
         default = shlex.quote(f.default) if isinstance(f.default, str) else str(f.default).lower()
@@ -195,8 +248,8 @@ def _require(path):
     if not path.is_file():
         there = {p.stem: p.as_posix() for p in sorted(Path('config').rglob('*.py'))}
         close = [there[stem] for stem in difflib.get_close_matches(path.stem, there)]
-        mend = f'did you mean {" or ".join(close)}?' if close else 'those of this project lie in config/'
-        raise ConfigError(f'no config file {path} (seen from {Path.cwd()}); {mend}')
+        fix = f'did you mean {" or ".join(close)}?' if close else 'those of this project lie in config/'
+        raise ConfigError(f'no config file {path} (seen from {Path.cwd()}); {fix}')
 
 
 def _run_config(cls, path):
@@ -265,14 +318,19 @@ def _parsed(text, kind, optional):
     return text
 
 
+def _unknown(name, kinds, where):
+    """The ConfigError for a name that is no knob."""
+    close = difflib.get_close_matches(name.lower().replace('-', '_'), kinds, n=1)
+    free = "--help lists them (a config file's own names begin with _)"
+    fix = f"did you mean '{close[0]}'?" if close else free
+    return ConfigError(f"{where} sets '{name}', which is no knob; {fix}")
+
+
 def _checked(cls, name, value, where):
     """`value` as the type that knob `name` declares; ConfigError for an unknown name or an unfit value."""
     kinds = _kinds(cls)
     if name not in kinds:
-        close = difflib.get_close_matches(name.lower().replace('-', '_'), kinds, n=1)
-        free = "--help lists them (a config file's own names begin with _)"
-        mend = f"did you mean '{close[0]}'?" if close else free
-        raise ConfigError(f"{where} sets '{name}', which is no knob; {mend}")
+        raise _unknown(name, kinds, where)
     kind, optional = kinds[name]
     wanted = _WANTED[kind] + (' or none' if optional else '')
     if value is None and optional:

@@ -1,31 +1,39 @@
 """Run an experiment: every arm and seed through train.py, as a person would, side by side and resumable.
 
-    python experiments.py 4 --scale=cpu --seeds=5 --jobs=2   # experiment 4 shrunk for a laptop, two at a time
+    python experiments.py config/skip_v1.py --scale=minutes --jobs=2  # any config file against vanilla
+    python experiments.py 4 --scale=cpu --jobs=2             # experiment 4 shrunk for a laptop, two at a time
     python experiments.py 4 --scale=short --jobs=2           # the same models for an eighth of the tokens
     python experiments.py 4 --scale=paper                    # its published size, for a GPU
     python experiments.py 4 peers --scale=cpu --jobs=2       # and the closest published ideas beside them
     python experiments.py leap --scale=cpu --jobs=2          # LEAP, additive attention, vanilla
-    python experiments.py 4 config/mine.py --scale=cpu       # and your own: an arm named mine
-    python experiments.py 4 --scale=cpu --status             # what is done, and stop
+    python experiments.py 4 config/cla.py --scale=short      # a config file beside all arms of experiment 4
+    python experiments.py search 4 peers plans --scale=short # the best arm of many, by successive halving
+    python experiments.py 4 --scale=cpu --status             # what is done, runs, waits and failed
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
 
-The protocol: first each arm gets the same small sweep of learning rates on seeds of its own (1000, …; a
-quarter of the steps; an edge that wins is pushed out). Then all arms train on seeds 0, 1, … with the rate
-that each has won. One seed is one order of batches and one draw of shared initial values for all arms.
+The protocol: first each arm gets the same small sweep of learning rates on seeds of its own (1000, 1001; an
+edge that wins is pushed out), and takes the lowest point of the parabola through the best rate and its two
+neighbours. Then all arms train on seeds 0, 1, … with the rate that each has won. One seed is one order of
+batches and one draw of shared initial values for all arms.
 
-results/<experiment>-<scale>/<arm>/seed<k>/ gets each run's run.json and metrics.jsonl (small: commit them),
-results/<experiment>-<scale>-lr/ those of the sweep; checkpoints stay in out/ until their run is finished.
-What the README tells of is kept there already: --name=NAME makes a folder of your own, results/NAME.
-Stop at any time: the same command goes on where it was, and never repeats a finished run. Any --knob=value of
-train.py can be added, but for seed, out_dir and init_from; it goes to every run.
+A search lets all arms compete in short runs, the better half of them in longer ones, and so on (SEARCH,
+below); the winner is compared with the baseline on seeds that the search has not seen.
+
+out/experiments/<experiment>-<scale>/<arm>/seed<k>/ is the folder of a run, <experiment>-<scale>-lr/ beside it
+has the sweep's. Stop at any time: the same command goes on where it was, and never repeats a finished run.
+compare.py reads the folder, and its --pack keeps it as one file in results/; --go_on=results/4-cpu goes on
+with such a study. Any knob of train.py can be added, except seed, out_dir and init_from: it goes to every
+run.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import math
 import os
-import shutil
+import platform
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -35,16 +43,32 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from compare import Arm, CompareError, Run, find_runs, read_run, unlike
-from configurator import ConfigError, configure, run_program
-from data.tokendata import open_data
-from runs.checkpoint import FolderLock
+from configurator import ConfigError, configure, divide, run_program
+from runs import knobs as training
 from runs.datasets import data_folder, prepare_stdlib
-from runs.knobs import Knobs, check, saved_knobs
-from runs.metrics import METRICS, RUN, read_jsonl
+from runs.files import FolderLock, check_name, lock_holder, write_text
+from runs.records import (
+    METRICS,
+    README,
+    RUN,
+    Arm,
+    RecordError,
+    Run,
+    find_runs,
+    read_jsonl,
+    read_run,
+    unlike,
+    unpack,
+    unpacked,
+    what_is_learned,
+)
 
 ROOT = Path(__file__).resolve().parent
 PROGRAM = ROOT / 'train.py'
+LOG = (
+    'log.txt'  # in the folder of a run: what train.py printed, and in lines that begin with MARK what we did
+)
+MARK = '--- experiments.py: '
 
 
 # -----------------------------------------------------------------------------
@@ -58,6 +82,7 @@ class Scale:
     sizes: dict  # published size -> arguments
     seeds: int = 5
     rates: tuple = (5e-4, 1e-3, 2e-3)  # of the sweep, to begin with
+    sweep: float = 0.25  # steps of a run of the sweep, as a share of those of a whole run
 
 
 SCALES = {
@@ -94,6 +119,7 @@ SCALES = {
             'hierarchy': ['config/hierarchy_cpu.py'],
         },
         rates=(5e-3, 1e-2, 2e-2),
+        sweep=0.5,
     ),
 }
 # A first answer in an hour or two: the models of cpu, but small batches, to make many steps of 0.5M tokens
@@ -105,6 +131,15 @@ SCALES['short'] = replace(
     ],
     # as many tokens per step as at the other sizes
     sizes={**SCALES['cpu'].sizes, '512/256': ['--n_embd=96', '--block_size=64', '--batch_size=16']},
+)
+
+
+# A first look in ten minutes of two cores, on a corpus that every machine has: two arms, two seeds
+SCALES['minutes'] = replace(
+    SCALES['short'],
+    datasets=['stdlib'],
+    arguments=[*SCALES['short'].arguments, '--max_iters=400', '--eval_interval=200'],
+    seeds=2,
 )
 
 
@@ -183,9 +218,62 @@ EXPERIMENTS = {
         sizes=dict.fromkeys(['hierarchy', *HIERARCHY_OPTIONS], 'hierarchy'),
     ),
 }
-SWEEP_SEED = 1000  # the sweep's first seed: none of the comparison's
-# Arguments that change neither the runs nor their speed: not in the command that is kept with the results
-OWN = {'experiments', 'minutes', 'keep_checkpoints', 'wandb', 'status', 'results', 'work'}
+SWEEP_SEED = 1000  # the first seed of sweeps and searches: none of the comparison's
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A round of a search. The baseline takes part in each, beside the arms that are tried."""
+
+    arms: float  # the share of the arms of the round before that go on: the best ones
+    seeds: int
+    steps: float  # as a share of those of a whole run
+
+
+# Successive halving, with about the same work in each round. The first one is the sweep of learning rates.
+SEARCH = (Rung(1, seeds=1, steps=0.25), Rung(0.5, seeds=2, steps=0.5), Rung(0.5, seeds=2, steps=1))
+# Knobs that change neither the runs nor their speed: not in the command that is kept with the results
+OWN = ('minutes', 'keep_checkpoints', 'wandb_log', 'status', 'out', 'go_on')
+
+
+@dataclass(frozen=True)
+class Knobs:
+    # what is run
+    scale: str = ''  # paper: as published, for a GPU | cpu: over night | short: an evening | minutes: ten
+    seeds: int = 0  # seeds that the arms are compared on, 0, 1, …; 0 = as many as the scale says (5)
+    jobs: int = 1  # runs side by side; if several, with one CPU thread each
+    arms: str = ''  # only these, separated by commas
+    equal: str = 'steps'  # what all arms get: steps | flops | seconds (by the runs of equal steps)
+    # learning rates
+    learning_rate: float | None = None  # for all arms, instead of a sweep
+    rates: str = ''  # that the sweep begins with, separated by commas; '' = those of the scale
+    sweep_seeds: int = 2  # seeds per rate of the sweep, from 1000 on
+    sweep_iters: int = 0  # steps of a run of the sweep; 0 = half of max_iters, at paper scale a quarter
+    pick: str = 'parabola'  # the rate by the sweep: parabola (its lowest point) | best (the best one swept)
+    # the rest
+    minutes: float = 0.0  # stop in good order after so long; 0 = never
+    keep_checkpoints: bool = False  # those of finished runs too
+    wandb_log: bool = False  # log to wandb: a group per arm
+    name: str = ''  # of the study and its folder; '' = EXPERIMENT-SCALE, or that of go_on
+    out: str = 'out/experiments'  # the folder in which NAME/ is made
+    go_on: str = ''  # results/NAME: a kept study, whose runs count as done
+    status: bool = False  # tell what is done, and stop
+
+    def __post_init__(self):
+        choices = {'scale': SCALES, 'equal': ('steps', 'flops', 'seconds'), 'pick': ('parabola', 'best')}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                value = f'={getattr(self, name)}' if getattr(self, name) else ' is not given'
+                raise ConfigError(f'--{name}{value}: give one of {", ".join(allowed)}')
+        for name, least in {'jobs': 1, 'sweep_seeds': 1, 'seeds': 0, 'sweep_iters': 0, 'minutes': 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f'--{name}={getattr(self, name)}: at least {least}')
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise ConfigError(
+                f'--learning_rate={self.learning_rate:g}: a positive number, or leave it out for a sweep'
+            )
+        if self.name:
+            check_name('--name', self.name)
 
 
 # -----------------------------------------------------------------------------
@@ -193,10 +281,11 @@ OWN = {'experiments', 'minutes', 'keep_checkpoints', 'wandb', 'status', 'results
 
 
 @cache
-def resolve(arguments: tuple) -> Knobs:
-    """What train.py makes of its arguments; ConfigError where it would refuse them."""
-    knobs = configure(Knobs, [str(ROOT / a) if a.endswith('.py') else a for a in arguments]).knobs
-    check(knobs)
+def resolve(arguments: tuple):
+    """The knobs that train.py makes of its arguments; ConfigError where it would refuse them."""
+    files = [str(ROOT / a) if a.endswith('.py') and not a.startswith('--') else a for a in arguments]
+    knobs = configure(training.Knobs, files).knobs
+    training.check(knobs)
     return knobs
 
 
@@ -206,7 +295,6 @@ class Job:
 
     arm: str
     arguments: tuple  # of train.py, all but where the run lives
-    results: Path  # gets the small files
     out: Path  # train.py's out_dir
 
     @property
@@ -214,31 +302,49 @@ class Job:
         return resolve(self.arguments)
 
     def __str__(self):
-        return f'{self.arm} {self.results.name}'
+        return f'{self.arm} {self.out.name}'
 
     def done(self) -> Run | None:
         """The run, if it has come to its end: finished, or ended by its own loss."""
-        if not (self.results / RUN).exists():
+        if not (self.out / RUN).exists():
             return None
-        run = read_run(self.results, self.arm)
+        run = read_run(self.out, self.arm)
         return run if run.finished or str(run.run.get('error')).startswith('TrainingError') else None
 
     def step(self) -> int:
         """How far it is, by the files of the run itself; after a kill it goes on from its last checkpoint."""
-        if self.done():
-            return self.knobs.max_iters
         try:
             return read_jsonl(self.out / METRICS)[-1]['iter']
         except (OSError, ValueError, IndexError):
             return 0
 
-    def collect(self):
-        """Copy the small files to the results, each whole or not at all."""
-        for name in (RUN, METRICS):
-            if (self.out / name).exists():
-                self.results.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.out / name, self.results / f'{name}.tmp')
-                os.replace(self.results / f'{name}.tmp', self.results / name)
+    def state(self, busy: bool) -> str:
+        """'done', 'running', 'failed' (train.py ended with an error), 'stopped' on the way, or 'waiting'.
+
+        busy: experiments.py is at work on the study, so what has begun may not have its lock yet.
+        """
+        if self.done():
+            return 'done'
+        last = self.log()[-1:]
+        if lock_holder(self.out) or (busy and last == [f'{MARK}start']):
+            return 'running'
+        failed = (self.out / RUN).exists() and read_run(self.out, self.arm).state.startswith('failed')
+        if failed or (last and last[0].startswith(f'{MARK}ended')):
+            return 'failed'
+        return 'stopped' if last else 'waiting'
+
+    def log(self) -> list[str]:
+        """The lines of its log."""
+        try:
+            lines = (self.out / LOG).read_text(encoding='utf-8', errors='replace').split('\n')
+        except OSError:
+            return []
+        return [line.strip() for line in lines if line.strip()]
+
+    def last_words(self) -> str:
+        """The last line that train.py printed."""
+        said = [line for line in self.log() if not line.startswith(MARK)]
+        return said[-1] if said else 'it printed nothing'
 
 
 class Runner:
@@ -255,7 +361,7 @@ class Runner:
     def run(self, jobs: list[Job], later: int = 0):
         """Bring the jobs to their end. later: steps that will be asked for after these, for the time left."""
         waiting = [job for job in jobs if not job.done()]
-        running = {}  # job -> (process, its step when it was started)
+        running = {}  # job -> (its process, or None where an earlier start of this began it; its first step)
         told = -math.inf
         try:
             while (waiting or running) and not self.stopped:
@@ -263,10 +369,14 @@ class Runner:
                     job = waiting.pop(0)
                     running[job] = (self._start(job), job.step())
                 for job, (process, first) in list(running.items()):
-                    if process.poll() is not None:
+                    ended = process.poll() is not None if process else not lock_holder(job.out)
+                    if ended:
                         del running[job]
                         self.steps += max(0, job.step() - first)
-                        self._end(job, process.returncode)
+                        if process or job.done():
+                            self._end(job, process.returncode if process else 0)
+                        else:
+                            waiting.insert(0, job)  # it goes on from its checkpoint
                 if time.monotonic() - told > 60:
                     told = time.monotonic()
                     self._tell(waiting, running, later)
@@ -277,29 +387,31 @@ class Runner:
             self._save_and_stop(running)
 
     def _start(self, job: Job):
+        """Its process; None where it still runs, since this program was killed and the run was not."""
+        holder = lock_holder(job.out)
+        if holder:
+            say(f'{job}: still runs ({holder}): waiting for it')
+            return None
         job.out.mkdir(parents=True, exist_ok=True)
-        out = job.out.relative_to(ROOT) if job.out.is_relative_to(ROOT) else job.out
         command = [sys.executable, str(PROGRAM), *job.arguments, *self.extra]
-        command += [f'--out_dir={out.as_posix()}', '--init_from=auto']
+        command += [f'--out_dir={_short(job.out)}', '--init_from=auto']
         environment = dict(os.environ)
         if self.at_once > 1:  # else each of them would start a thread on every core
             environment |= {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
-        with open(job.out / 'log.txt', 'a', encoding='utf-8') as log:
+        with open(job.out / LOG, 'a', encoding='utf-8') as log:
+            print(f'{MARK}start', file=log, flush=True)
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def _end(self, job: Job, code: int):
-        job.collect()
         run = job.done()
         if run and run.finished:
-            print(
-                f'{job}: validation loss {run.val_loss:.4f}, {run.tokens_per_s or 0:,.0f} tokens/s',
-                flush=True,
-            )
+            say(f'{job}: validation loss {run.val_loss:.4f}, {run.tokens_per_s or 0:,.0f} tokens/s')
             for path in [] if self.keep else job.out.glob('*.pt'):
                 path.unlink()
         elif not self.stopped:
-            log = (job.out / 'log.txt').read_text(encoding='utf-8', errors='replace').strip()
-            print(f'{job}: ended with {code}: {log.splitlines()[-1] if log else "no word"}', flush=True)
+            say(f'{job}: ended with {code}: {job.last_words()}')
+            with open(job.out / LOG, 'a', encoding='utf-8') as log:
+                print(f'{MARK}ended with {code}', file=log)
             self.ended_badly += [] if run else [job]  # a loss that is not a number is a result
 
     def _tell(self, waiting, running, later):
@@ -309,18 +421,43 @@ class Runner:
         if steps:
             minutes = round((time.monotonic() - self.started) / steps * left / 60)
             now += f'; about {minutes // 60} h {minutes % 60:02} min left'
-        print(f'[{time.strftime("%H:%M")}] {now}; {len(waiting)} more to do', flush=True)
+        say(f'[{time.strftime("%H:%M")}] {now}; {len(waiting)} more to do')
 
     def _save_and_stop(self, running):
-        for process, _ in running.values():
-            process.terminate()
+        """Have the runs save and end, also those that an earlier start began; after two minutes kill ours."""
         for job, (process, _) in running.items():
-            try:
-                process.wait(timeout=120)
-            except subprocess.TimeoutExpired:
+            if process:
+                process.terminate()
+            else:
+                terminate_holder(job.out)
+        until = time.monotonic() + 120
+        for job, (process, _) in running.items():
+            while time.monotonic() < until and (process.poll() is None if process else lock_holder(job.out)):
+                time.sleep(0.1)
+            if process and process.poll() is None:
                 process.kill()
                 process.wait()
-            job.collect()
+
+
+def terminate_holder(folder: Path):
+    """Ask the run that holds a folder to save and end, if it is on this machine."""
+    holder = re.fullmatch(r'process (\d+) on (.*)', lock_holder(folder))
+    if holder and holder[2] == platform.node():
+        with contextlib.suppress(OSError):
+            os.kill(int(holder[1]), signal.SIGTERM)
+
+
+def say(text: str):
+    """Print. A terminal or a pipe that has gone away does not stop the runs."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _short(path: Path) -> str:
+    """Seen from the repository, where it is in it."""
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
 
 
 # -----------------------------------------------------------------------------
@@ -328,54 +465,89 @@ class Runner:
 
 
 def first_rates(text: str) -> tuple:
-    """Those that --rates gives, separated by commas; ConfigError for anything but positive numbers."""
+    """Those that --rates gives; ConfigError for anything but different positive numbers."""
     try:
         values = tuple(float(number) for number in text.split(','))
     except ValueError:
         values = ()
-    if not values or not all(0 < value < math.inf for value in values):
-        raise ConfigError(f'--rates={text}: positive numbers, separated by commas, as in 1e-3,2e-3')
+    if not values or not all(0 < value < math.inf for value in values) or len(set(values)) < len(values):
+        raise ConfigError(f'--rates={text}: different positive numbers, separated by commas, as in 1e-3,2e-3')
     return values
+
+
+def lowest(losses: dict[float, float], pick: str) -> float:
+    """The rate that a sweep chooses from {rate: loss}.
+
+    The best of them; or, where it has finite neighbours on both sides, the lowest point of the parabola
+    through the three in the logarithm of the rate, in two digits.
+    """
+    rates = sorted(losses)
+    best = rates.index(min(rates, key=losses.__getitem__))
+    if pick == 'best' or best in (0, len(rates) - 1):
+        return rates[best]
+    x = [math.log(rate) for rate in rates[best - 1 : best + 2]]
+    y = [losses[rate] for rate in rates[best - 1 : best + 2]]
+    left, right = (x[1] - x[0]) * (y[1] - y[2]), (x[1] - x[2]) * (y[1] - y[0])
+    if not all(map(math.isfinite, y)) or left == right:
+        return rates[best]
+    point = x[1] - 0.5 * ((x[1] - x[0]) * left - (x[1] - x[2]) * right) / (left - right)
+    return float(f'{math.exp(point):.2g}')
 
 
 class Plan:
     """All jobs of an experiment at a scale, and where their files are.
 
-    args: the parsed command line. extra: knobs of train.py that go to every run.
+    words: experiments and config files, or 'search' and those whose arms are searched. extra: knobs of
+    train.py that go to every run, as --key=value.
     """
 
-    def __init__(self, args, extra: list[str]):
-        self.args, self.extra = args, extra
-        self.scale = SCALES[args.scale]
-        if args.rates:
-            self.scale = replace(self.scale, rates=first_rates(args.rates))
-        own = [Path(name) for name in args.experiments if name.endswith('.py')]
-        names = [name for name in args.experiments if not name.endswith('.py')]
+    def __init__(self, k: Knobs, words: list[str], extra: list[str]):
+        self.k, self.extra, self.scale = k, extra, SCALES[k.scale]
+        if k.rates:
+            self.scale = replace(self.scale, rates=first_rates(k.rates))
+        self.search = words[:1] == ['search']
+        words = words[1:] if self.search else words
+        own = list(dict.fromkeys(Path(word) for word in words if word.endswith('.py')))
+        names = list(dict.fromkeys(word for word in words if not word.endswith('.py')))
         for name in names:
             if name not in EXPERIMENTS:
                 raise ConfigError(f'no experiment {name!r}: there are {", ".join(EXPERIMENTS)}')
         folders = {EXPERIMENTS[name].beside or name for name in names}
         if len(folders) > 1:
             raise ConfigError(f'{" and ".join(names)} have no baseline in common: run one, then the other')
-        if not folders:
-            raise ConfigError(
-                f'{own[0]} is compared in which experiment? Name it too: experiments.py 4 {own[0]}'
-            )
-        (folder,) = folders
-        base = EXPERIMENTS[folder]
+        if not words:
+            raise ConfigError(f'which experiment? There are {", ".join(EXPERIMENTS)}, or config files')
+        # config files alone stand against the baseline of experiment 4, without its other arms
+        base = EXPERIMENTS[next(iter(folders), '4')]
         self.question, self.baseline = base.question, next(iter(base.arms))
-        self.experiment_of = {arm: EXPERIMENTS[name] for name in names for arm in EXPERIMENTS[name].arms}
+        if not folders:
+            self.question = f'Is {" or ".join(path.stem for path in own)} better than {self.baseline}?'
+            names, folders = ['own'], ['-'.join(path.stem for path in own)]
+        arms = {'own': replace(base, arms={self.baseline: base.arms[self.baseline]}), **EXPERIMENTS}
+        self.experiment_of = {arm: arms[name] for name in names for arm in arms[name].arms}
         for path in own:
-            full = path.resolve()
-            config = full.relative_to(ROOT) if full.is_relative_to(ROOT) else full
-            self.experiment_of[path.stem] = replace(base, arms={path.stem: [config.as_posix()]})
-        self.name = args.name or f'{folder}-{args.scale}'
-        self.tree = self.name if args.equal == 'steps' else f'{self.name}-{args.equal}'
-        self.seeds = range(args.seeds or self.scale.seeds)
-        self.arms = args.arms.split(',') if args.arms else list(self.experiment_of)
+            arguments = [_short(path.resolve())]
+            known = self.experiment_of.get(path.stem)
+            if known and known.arms[path.stem] != arguments:
+                raise ConfigError(f'{path}: there is another arm {path.stem!r} already; rename the file')
+            self.experiment_of[path.stem] = known or replace(base, arms={path.stem: arguments})
+        kept = unpacked(Path(k.go_on)).name
+        first = 'search' if self.search else next(iter(folders))
+        self.name = k.name or kept or f'{first}-{k.scale}'
+        check_name('the name of the study', self.name)
+        self.tree = self.name if k.equal == 'steps' else f'{self.name}-{k.equal}'
+        self.out = Path(k.out).resolve()
+        self.seeds = range(k.seeds or self.scale.seeds)
+        self.arms = k.arms.split(',') if k.arms else list(self.experiment_of)
         for arm in self.arms:
             if arm not in self.experiment_of:
                 raise ConfigError(f'no arm {arm!r}: there are {", ".join(self.experiment_of)}')
+            if self.arms.count(arm) > 1:
+                raise ConfigError(f'--arms names {arm} {self.arms.count(arm)} times: name each arm once')
+        if self.search:
+            self.arms = list(dict.fromkeys([self.baseline, *self.arms]))
+            if k.equal != 'steps' or len(self.arms) < 3:
+                raise ConfigError('a search is for two arms or more beside the baseline, at equal steps')
         given = [a.partition('=')[2] for a in extra if a.startswith('--dataset=')]
         there = [d for d in self.scale.datasets if (data_folder(d) / 'meta.json').exists()]
         self.dataset = given[-1] if given else there[0] if there else self.scale.datasets[-1]
@@ -390,18 +562,22 @@ class Plan:
         arguments += [*self.extra, f'--learning_rate={rate:g}', f'--seed={seed}']
         arguments += [f'--max_iters={steps}'] if steps is not None else []
         place = Path(tree) / (name or arm) / f'seed{seed}'
-        if self.args.wandb:
-            group, run = f'{tree}/{name or arm}', f'{tree}/{name or arm}/seed{seed}'
+        if self.k.wandb_log:
+            group = f'{tree}/{name or arm}'
+            run = f'{group}/seed{seed}'
             arguments += ['--wandb_log=true', f'--wandb_group={group}', f'--wandb_run_name={run}']
-        return Job(name or arm, tuple(arguments), self.args.results / place, self.args.work / place)
+        return Job(name or arm, tuple(arguments), self.out / place)
 
     def steps(self, arm: str) -> int:
         return self.job('', arm, 0, 1e-3).knobs.max_iters
 
     def sweep(self, arm: str, rate: float) -> list[Job]:
         """The short runs of one learning rate."""
-        steps = self.args.sweep_iters or max(1, self.steps(arm) // 4)
-        seeds = range(SWEEP_SEED, SWEEP_SEED + self.args.sweep_seeds)
+        share, seeds = self.scale.sweep, self.k.sweep_seeds
+        if self.search:
+            share, seeds = SEARCH[0].steps, SEARCH[0].seeds
+        steps = self.k.sweep_iters or max(1, round(self.steps(arm) * share))
+        seeds = range(SWEEP_SEED, SWEEP_SEED + seeds)
         return [self.job(f'{self.name}-lr', arm, s, rate, steps, f'{arm}-lr{rate:g}') for s in seeds]
 
     def rates(self, arm: str) -> dict[float, float | None]:
@@ -413,11 +589,7 @@ class Plan:
         rates = sorted(self.scale.rates)
         least, most = rates[0] / 8, rates[-1] * 8
         while True:
-            losses = {}
-            for rate in rates:
-                runs = [job.done() for job in self.sweep(arm, rate)]
-                values = [run.val_loss if run.finished else math.inf for run in runs if run]
-                losses[rate] = statistics.fmean(values) if len(values) == len(runs) else None
+            losses = {rate: mean_loss(self.sweep(arm, rate)) for rate in rates}
             if None in losses.values():
                 return losses
             best = min(rates, key=losses.__getitem__)
@@ -430,10 +602,58 @@ class Plan:
 
     def rate(self, arm: str) -> float | None:
         """The learning rate of an arm; None while its sweep is not done."""
-        if self.args.learning_rate:
-            return self.args.learning_rate
+        if self.k.learning_rate is not None:
+            return self.k.learning_rate
         losses = self.rates(arm)
-        return None if None in losses.values() else min(losses, key=losses.__getitem__)
+        return None if None in losses.values() else lowest(losses, self.k.pick)
+
+    def swept(self, arm: str) -> list[Job]:
+        """The jobs of an arm's sweep, as far as it is known by now."""
+        if self.k.learning_rate is not None:
+            return []
+        return [job for rate in self.rates(arm) for job in self.sweep(arm, rate)]
+
+    def rounds(self) -> list[dict[str, float | None]]:
+        """{arm: its loss, None while it runs} of every round of the search that has begun, by now."""
+        found = []
+        for number, rung in enumerate(SEARCH):
+            arms = self.arms
+            if found:
+                tried = sorted((a for a in found[-1] if a != self.baseline), key=found[-1].__getitem__)
+                arms = [self.baseline, *tried[: math.ceil(len(tried) * rung.arms)]]
+            losses = {arm: mean_loss(self.round_jobs(number, arm)) for arm in arms}
+            if number == 0 and self.k.learning_rate is None:  # of the best rate
+                swept = {arm: list(self.rates(arm).values()) for arm in arms}
+                losses = {arm: None if None in values else min(values) for arm, values in swept.items()}
+            found.append(losses)
+            if None in losses.values():
+                break
+        return found
+
+    def round_jobs(self, number: int, arm: str) -> list[Job]:
+        """The runs of an arm in a round of the search."""
+        if number == 0 and self.k.learning_rate is None:
+            return self.swept(arm)
+        rung, tree = SEARCH[number], f'{self.name}-rung{number + 1}'
+        steps, seeds = max(1, round(self.steps(arm) * rung.steps)), range(SWEEP_SEED, SWEEP_SEED + rung.seeds)
+        return [self.job(tree, arm, seed, self.rate(arm), steps) for seed in seeds]
+
+    def preliminary(self) -> list[Job]:
+        """The jobs before those that are compared, as far as they are known by now: sweeps, or a search."""
+        if self.search:
+            rounds = enumerate(self.rounds())
+            return [job for number, arms in rounds for arm in arms for job in self.round_jobs(number, arm)]
+        return [job for arm in self.arms for job in self.swept(arm)]
+
+    def compared(self) -> list[str]:
+        """The arms that are compared; of a search the baseline and what wins, none while it is not known."""
+        if not self.search:
+            return self.arms
+        rounds = self.rounds()
+        if len(rounds) < len(SEARCH) or None in rounds[-1].values():
+            return []
+        tried = (arm for arm in rounds[-1] if arm != self.baseline)
+        return [self.baseline, min(tried, key=rounds[-1].__getitem__)]
 
     def headline(self) -> list[Job]:
         """The runs that are compared, of the arms whose learning rate is known.
@@ -441,12 +661,12 @@ class Plan:
         Seed by seed, so that an early end leaves whole pairs; each seed begins with another arm, so that none
         always has the same neighbour on the machine.
         """
-        rates = {arm: self.rate(arm) for arm in self.arms}
-        steps = dict.fromkeys(self.arms) if self.args.equal == 'steps' else self.equal_steps()
-        jobs = []
+        arms, jobs = self.compared(), []
+        rates = {arm: self.rate(arm) for arm in arms}
+        steps = dict.fromkeys(arms) if self.k.equal == 'steps' else self.equal_steps()
         for seed in self.seeds:
-            turn = seed % len(self.arms)
-            for arm in self.arms[turn:] + self.arms[:turn]:
+            turn = seed % max(1, len(arms))
+            for arm in arms[turn:] + arms[:turn]:
                 if rates[arm] is not None and arm in steps:
                     jobs.append(self.job(self.tree, arm, seed, rates[arm], steps[arm]))
         return jobs
@@ -457,8 +677,8 @@ class Plan:
         The baseline is left out: its runs are there already.
         """
         try:
-            runs = find_runs([str(self.args.results / self.name)])
-        except CompareError:
+            runs = find_runs([str(self.out / self.name)])
+        except RecordError:
             runs = []
         arms = {name: Arm(name, [r for r in runs if r.arm == name]) for name in {r.arm for r in runs}}
         missing = [
@@ -466,7 +686,7 @@ class Plan:
         ]
         if missing:
             raise ConfigError(
-                f'--equal={self.args.equal} goes by the speeds of finished runs of equal steps; there are '
+                f'--equal={self.k.equal} goes by the speeds of finished runs of equal steps; there are '
                 f'none of {", ".join(missing)}: run those first'
             )
 
@@ -474,7 +694,7 @@ class Plan:
             """Steps of the baseline that one step of the arm costs."""
             own, base = (arms[name] for name in (arm, self.baseline))
             tokens = own.one.run['tokens_per_step'] / base.one.run['tokens_per_step']
-            if self.args.equal == 'flops':
+            if self.k.equal == 'flops':
                 flops = [a.one.run['model']['flops_per_token'] for a in (own, base)]
                 return tokens * flops[0] / flops[1]
             own, base = own.by_seed('tokens_per_s'), base.by_seed('tokens_per_s')
@@ -484,77 +704,154 @@ class Plan:
         return {arm: round(given / per_step(arm)) for arm in self.arms if arm != self.baseline}
 
     def compare_command(self) -> str:
-        if self.args.equal == 'steps':
-            return f'python compare.py results/{self.tree} --baseline={self.baseline}'
-        return f'python compare.py results/{self.name}/{self.baseline} results/{self.tree} --name={self.tree}'
+        folder = _short(self.out)
+        if self.k.equal == 'steps':
+            return f'python compare.py {folder}/{self.tree} --baseline={self.baseline}'
+        both = f'{folder}/{self.name}/{self.baseline} {folder}/{self.tree}'
+        return f'python compare.py {both} --name={self.tree}'
 
 
-def refuse_other_settings(plan: Plan):
-    """A finished run with other settings is no part of this experiment, nor taken for one: not in the
-    sweep, whose losses choose the rates, nor among the headline runs, before a sweep is run for nothing.
+def mean_loss(jobs: list[Job]) -> float | None:
+    """Of the jobs' last evaluations; inf if one of them diverged, None while one is not done."""
+    runs = [job.done() for job in jobs]
+    if None in runs:
+        return None
+    return statistics.fmean(run.val_loss if run.finished else math.inf for run in runs)
+
+
+def refuse_other_settings(plan: Plan, fingerprint: str | None = None):
+    """A finished run with other settings, or of other data, is no part of this experiment, nor taken for one:
+    not in the sweep, whose losses choose the rates, nor among the headline runs, before a sweep is run for
+    nothing. fingerprint: of the data; None if it is not known.
     """
-    jobs, sweep, later = plan.headline(), [], []
-    if not plan.args.learning_rate:
-        sweep = [job for arm in plan.arms for rate in plan.rates(arm) for job in plan.sweep(arm, rate)]
-    if plan.args.equal == 'steps':  # of the arms whose rate is not known yet
-        arms = set(plan.arms) - {job.arm for job in jobs}
+    jobs, later = plan.headline(), []
+    if plan.k.equal == 'steps':  # of the arms whose rate is not known yet
+        arms = set(plan.compared()) - {job.arm for job in jobs}
         later = [plan.job(plan.tree, arm, seed, 1e-3) for arm in arms for seed in plan.seeds]
-    for job in [*sweep, *jobs, *later]:
+    for job in [*plan.preliminary(), *jobs, *later]:
         run = job.done()
-        then = saved_knobs(run.config, str(job.results / RUN)) if run else job.knobs
-        knobs = unlike(asdict(job.knobs), asdict(then))
+        if not run:
+            continue
+        then = training.saved_knobs(run.config, str(job.out / RUN))
         told = [
             f'{name}={was!r} (now {now!r})'
-            for name, now, was in knobs
+            for name, now, was in unlike(asdict(job.knobs), asdict(then))
             if not (job in later and name == 'learning_rate')
         ]
         if told:
             raise ConfigError(
-                f'{job.results} holds a run with other settings: {", ".join(told)}. Give them as they were, '
+                f'{job.out} holds a run with other settings: {", ".join(told)}. Give them as they were, '
                 'or another --name, or delete that folder'
+            )
+        if fingerprint and run.fingerprint and run.fingerprint != fingerprint:
+            raise ConfigError(
+                f'{job.out} holds a run on other data: its tokens have the fingerprint '
+                f'{run.fingerprint[:12]}, those of {plan.dataset} have {fingerprint[:12]}. Give the data of '
+                'that run, or another --name, or delete that folder'
             )
 
 
-def check_data(plan: Plan):
-    """DataError before the first run, rather than one from each."""
+def check_data(plan: Plan) -> str:
+    """The fingerprint of the data; DataError before the first run, rather than one from each."""
+    from data.tokendata import open_data
+
     folder = data_folder(plan.dataset)
     prepare_stdlib(folder)
     block_size = max(plan.job('', arm, 0, 1e-3).knobs.block_size for arm in plan.arms)
-    open_data(folder, block_size, plan.job('', plan.arms[0], 0, 1e-3).knobs.vocab_size or None)
+    vocab_size = plan.job('', plan.arms[0], 0, 1e-3).knobs.vocab_size
+    return open_data(folder, block_size, vocab_size or None).fingerprint
 
 
-def status(plan: Plan, jobs: list[Job]) -> str:
-    """A line per arm: its learning rate, then for each seed its loss or how far it is."""
-    width = max(len(arm) for arm in plan.arms)
-    lines = [
-        f'{plan.tree} on {plan.dataset}',
-        f'{"":<{width}}  {"rate":<8}' + ''.join(f'{f"seed {s}":>9}' for s in plan.seeds),
-    ]
-    places = {(job.arm, job.results.name): job for job in jobs}
+def same_models(plan: Plan) -> list[str]:
+    """A line for every arm that is the same model as another one and trained alike."""
+    import torch
+
+    from runs.models import build
+
+    known, told = {}, []
     for arm in plan.arms:
+        k = plan.job('', arm, 0, 1e-3).knobs
+        with torch.device('meta'):  # built without memory
+            model = build(k, training.model_config(k, vocab_size=64, vocab_used=64))
+        knobs = {name: v for name, v in what_is_learned(asdict(k)).items() if name != 'attention'}
+        first = known.setdefault((model.describe(), model.num_params(), str(knobs)), arm)
+        told += [] if first == arm else [f'{arm} and {first} are the same model, trained alike']
+    return told
+
+
+def status(plan: Plan) -> str:
+    """How many runs are in which state; a line per arm, with the loss of each seed or how far it is; and what
+    the runs that failed said last."""
+    busy = bool(lock_holder(plan.out / plan.name))
+    headline, arms = plan.headline(), plan.compared()
+    states = {job: job.state(busy) for job in [*plan.preliminary(), *headline]}
+    groups = {'sweep': (plan.preliminary(), len(plan.preliminary()))}
+    if plan.search:
+        groups = {}
+        for number, losses in enumerate(plan.rounds()):
+            jobs = [job for arm in losses for job in plan.round_jobs(number, arm)]
+            groups[f'round {number + 1} of {len(SEARCH)}, {len(losses)} arms'] = jobs, len(jobs)
+    groups['compared runs'] = headline, len(arms) * len(plan.seeds)
+    lines = [f'{plan.tree} on {plan.dataset}, in {_short(plan.out / plan.tree)}']
+    for what, (jobs, of) in groups.items():
+        found = [states[job] for job in jobs]
+        told = [f'{found.count(s)} {s}' for s in ('running', 'failed', 'stopped') if s in found]
+        waiting = of - sum(state != 'waiting' for state in found)
+        told += [f'{waiting} waiting'] if waiting else []
+        if of:
+            lines.append(f'{what}: ' + ', '.join([f'{found.count("done")} of {of} done', *told]))
+    lines += ranking(plan)
+    width = max(map(len, arms), default=0)
+    if arms:
+        lines += ['', f'{"":<{width}}  {"rate":<8}' + ''.join(f'{f"seed {s}":>10}' for s in plan.seeds)]
+    places = {(job.arm, job.out.name): job for job in headline}
+    for arm in arms:
         rate = plan.rate(arm)
         line = f'{arm:<{width}}  {rate if rate is not None else "sweep":<8}'
         for seed in plan.seeds:
             job = places.get((arm, f'seed{seed}'))
             run = job.done() if job else None
             if run:
-                line += f'{run.val_loss:>9.4f}' if run.finished else f'{"failed":>9}'
+                cell = f'{run.val_loss:.4f}' if run.finished else 'diverged'
+            elif not job or states[job] == 'waiting':
+                cell = '·'
             else:
-                line += f'{job.step() / job.knobs.max_iters:>9.0%}' if job and job.step() else f'{"·":>9}'
+                share = f'{job.step() / max(1, job.knobs.max_iters):.0%}'
+                cell = {'running': f'at {share}', 'failed': 'failed', 'stopped': f'({share})'}[states[job]]
+            line += f'{cell:>10}'
         lines.append(line)
+    if arms:
+        lines.append('a number is a validation loss; at 40%: running; (40%): stopped there; ·: waiting')
+    lines += [
+        f'{job} failed: {job.last_words()} ({_short(job.out / LOG)})'
+        for job, state in states.items()
+        if state == 'failed'
+    ]
     return '\n'.join(lines)
+
+
+def ranking(plan: Plan) -> list[str]:
+    """Of a search, a line per round that is over: its arms and their losses, the best one first."""
+    if not plan.search:
+        return []
+    lines = []
+    for number, losses in enumerate(plan.rounds(), 1):
+        if None not in losses.values():
+            order = sorted(losses, key=losses.__getitem__)
+            lines.append(f'round {number}: ' + ', '.join(f'{arm} {losses[arm]:.4f}' for arm in order))
+    return lines
 
 
 def write_readme(plan: Plan, command: str):
     """In the folder of the results: the commands that made it, what each arm is, how its rate was chosen."""
-    path = plan.args.results / plan.tree / 'README.md'
+    path = plan.out / plan.tree / README
     before = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
     commands = [line for line in before if line.startswith('python experiments.py')]
     rows = {line.split(' | ')[0]: line for line in before if line.startswith('| `')}
     for arm in plan.arms:
         varied = ('--learning_rate', '--seed', '--wandb')
         knobs = [a for a in plan.job(plan.tree, arm, 0, 1e-3).arguments if not a.startswith(varied)]
-        losses = {} if plan.args.learning_rate else plan.rates(arm)
+        losses = {} if plan.k.learning_rate is not None else plan.rates(arm)
         told = [f'{rate:g}: {"–" if loss is None else f"{loss:.4f}"}' for rate, loss in losses.items()]
         cells = [
             f'`{arm}`',
@@ -570,92 +867,82 @@ def write_readme(plan: Plan, command: str):
     lines += [*dict.fromkeys([*commands, command]), plan.compare_command(), '```', '']
     lines += ['| arm | arguments of train.py | learning rate | sweep: validation loss by rate |']
     lines += ['| --- | --- | --- | --- |', *rows.values(), '']
+    lines += [f'- {line}' for line in ranking(plan)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('\n'.join(lines), encoding='utf-8')
+    write_text(path, '\n'.join(lines))
 
 
-def run_all(plan: Plan, runner: Runner):
-    """The sweeps, in rounds as long as a best rate lies on an edge; then the runs that are compared."""
+def run_all(plan: Plan, runner: Runner, fingerprint: str | None):
+    """Sweeps or a search, in rounds as long as results ask for more; then the runs that are compared."""
     tried = set()
-    while not (runner.stopped or plan.args.learning_rate):
-        pairs = [(arm, rate) for arm in plan.arms for rate, loss in plan.rates(arm).items() if loss is None]
-        sweep = [job for arm, rate in pairs for job in plan.sweep(arm, rate) if job not in tried]
-        if not sweep:
+    while not runner.stopped:
+        jobs = [job for job in plan.preliminary() if job not in tried and not job.done()]
+        if not jobs:
             break
-        tried.update(sweep)
-        runner.run(sweep, later=len(plan.seeds) * sum(map(plan.steps, plan.arms)))
+        tried.update(jobs)
+        runner.run(jobs, later=len(plan.seeds) * sum(map(plan.steps, plan.compared())))
     if not runner.stopped:
-        refuse_other_settings(plan)
+        refuse_other_settings(plan, fingerprint)
         runner.run(plan.headline())
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    option = parser.add_argument
-    told = '; '.join(f'{name}: {e.question}' for name, e in EXPERIMENTS.items())
-    option('experiments', nargs='+', metavar='EXPERIMENT', help=f'{told}; a config file: an arm of your own')
-    option(
-        '--scale',
-        choices=SCALES,
-        required=True,
-        help='paper: as published; cpu: on a laptop; short: in an evening',
-    )
-    option('--seeds', type=int, default=0, help='how many: 0, 1, … (5)')
-    option('--jobs', type=int, default=1, help='runs side by side; if several, with one CPU thread each (1)')
-    option('--arms', help='only these, separated by commas')
-    option(
-        '--equal', choices=('steps', 'flops', 'seconds'), default='steps', help='what all arms get (steps)'
-    )
-    option('--learning_rate', type=float, help='for all arms, instead of a sweep')
-    option('--rates', help='learning rates that the sweep begins with, separated by commas (by scale)')
-    option('--sweep_seeds', type=int, default=1, help='seeds per rate of the sweep, from 1000 on (1)')
-    option('--sweep_iters', type=int, default=0, help='steps of a run of the sweep (a quarter of max_iters)')
-    option('--minutes', type=float, default=0, help='stop in good order after so long (never)')
-    option('--keep_checkpoints', action='store_true', help='keep those of finished runs, in out/')
-    option('--wandb', action='store_true', help='log to wandb: a group per arm')
-    option('--name', help='of the folder in results/ (<experiment>-<scale>)')
-    option('--status', action='store_true', help='tell what is done, and stop')
-    option('--results', type=Path, default=ROOT / 'results', help='folder for the results (results)')
-    option('--work', type=Path, default=ROOT / 'out/experiments', help='for checkpoints (out/experiments)')
-    args, extra = parser.parse_known_args(argv)
-    if args.jobs < 1:
-        raise ConfigError(f'--jobs={args.jobs}: at least 1')
-    for knob in ('--seed', '--out_dir', '--init_from'):
-        if any(a.partition('=')[0] == knob for a in extra):
-            raise ConfigError(f'{knob} is chosen run by run here: leave it out')
-    unlike_default = {k: v for k, v in vars(args).items() if k not in OWN and v != parser.get_default(k)}
-    command = ['python experiments.py', *args.experiments, *(f'--{k}={v}' for k, v in unlike_default.items())]
-    args.results, args.work = args.results.resolve(), args.work.resolve()
+    argv = ['--wandb_log' if arg == '--wandb' else arg for arg in argv]  # as it was called before
+    own, extra = divide(Knobs, training.Knobs, argv)
+    told = '\n'.join(f'  {name}: {e.question}' for name, e in EXPERIMENTS.items())
+    k, _, words = configure(Knobs, own, f'{__doc__}\nExperiments:\n{told}', words='EXPERIMENT …')
+    for knob in ('seed', 'out_dir', 'init_from'):
+        if any(a.startswith(f'--{knob}=') for a in extra):
+            raise ConfigError(f'--{knob} is chosen run by run here: leave it out')
+    default = asdict(Knobs(scale='paper')) | {'scale': ''}
+    knobs = [f'--{n}={v}' for n, v in asdict(k).items() if v != default[n] and n not in OWN]
+    command = f'python experiments.py {shlex.join([*words, *knobs, *extra])}'
 
-    plan = Plan(args, extra)
-    refuse_other_settings(plan)
-    if args.status:
-        print(status(plan, plan.headline()))
+    plan = Plan(k, words, extra)
+    if k.status:
+        if k.go_on:
+            unpack(Path(k.go_on), plan.out / plan.name)
+        refuse_other_settings(plan)
+        print(status(plan))
         return 0
-    check_data(plan)
-    runner = Runner(args.jobs, args.minutes, args.keep_checkpoints, ['--threads=1'] if args.jobs > 1 else [])
+    with FolderLock(plan.out / plan.name, user='experiments.py', instead='--name'):
+        if k.go_on:
+            unpack(Path(k.go_on), plan.out / plan.name)
+        fingerprint = check_data(plan)
+        refuse_other_settings(plan, fingerprint)
+        for line in same_models(plan):
+            say(f'caution: {line}')
+        runner = Runner(k.jobs, k.minutes, k.keep_checkpoints, ['--threads=1'] if k.jobs > 1 else [])
+        with stopping(runner):
+            run_all(plan, runner, fingerprint)
+        write_readme(plan, command)
+    say(status(plan))
+    if runner.stopped:
+        say(f'stopped ({runner.stopped}); the same command goes on')
+    elif runner.ended_badly:
+        say(f'not done: {", ".join(map(str, runner.ended_badly))}; the same command tries again')
+    else:
+        say(f'done; now: {plan.compare_command()}')
+    return 130 if runner.stopped.startswith('SIG') else 1 if runner.ended_badly else 0
+
+
+@contextlib.contextmanager
+def stopping(runner: Runner):
+    """Signals have the runner save and stop in here, whatever asks for it: a person, a queue, a terminal."""
 
     def on_signal(number, frame):
-        runner.stopped = signal.Signals(number).name
+        runner.stopped = runner.stopped or signal.Signals(number).name
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU'):  # Windows has the first two
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            before[number] = signal.signal(number, on_signal)
     try:
-        with FolderLock(args.work / plan.tree):
-            run_all(plan, runner)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    write_readme(plan, ' '.join([*command, *extra]))
-    print(status(plan, plan.headline()))
-    if runner.stopped:
-        print(f'stopped ({runner.stopped}); the same command goes on')
-    elif runner.ended_badly:
-        print(f'not done: {", ".join(map(str, runner.ended_badly))}; logs are in {args.work / plan.tree}*')
-    else:
-        print(f'done; now: {plan.compare_command()}')
-    return 130 if runner.stopped.startswith('SIG') else 1 if runner.ended_badly else 0
 
 
 if __name__ == '__main__':

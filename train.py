@@ -32,6 +32,7 @@ from runs import checkpoint, metrics, pretrained
 from runs.console import Progress, say
 from runs.datasets import data_folder, prepare_stdlib
 from runs.diagnostics import SpikeWatch, finite, stand_out
+from runs.files import FileError
 from runs.models import build
 from runs.optimizer import make_optimizer
 from runs.ranks import (
@@ -186,7 +187,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
         # 6. The end: the record is closed whatever happened. A failure has its own message, and what goes
         # wrong here after it is no news.
         progress.close()
-        quietly = contextlib.suppress(*[checkpoint.CheckpointError] * (status == 'failed'))
+        quietly = contextlib.suppress(*[FileError] * (status == 'failed'))
         with quietly:
             saver.wait(k.dist_timeout)
         with quietly:

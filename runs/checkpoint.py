@@ -8,40 +8,20 @@ CRC-32, which `load` checks first.
 
 from __future__ import annotations
 
-import errno
-import os
-import platform
-import shutil
 import threading
 import zipfile
 from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from runs import files
 
 LAST, PREVIOUS, BEST = 'last.pt', 'previous.pt', 'best.pt'
 KEYS = ('model', 'model_args', 'iter', 'config', 'tokenizer', 'data_fingerprint')  # that readers rely on
 
 
-class CheckpointError(UserError):
+class CheckpointError(files.FileError):
     """One line: the file, what is wrong with it, and what to do."""
-
-
-def write_failed(path: Path, e: Exception) -> str:
-    """One line: what could not be written, and why."""
-    causes = [e]  # torch's writer reports a failed write as a RuntimeError, while handling the OSError
-    while causes[-1].__context__ is not None:
-        causes.append(causes[-1].__context__)
-    code = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
-    free = shutil.disk_usage(path.parent).free
-    full = 'the disk is full' if free < 2**20 else (str(e).strip() or type(e).__name__).splitlines()[0]
-    reason = {
-        errno.ENOSPC: 'the disk is full',
-        errno.EDQUOT: 'the disk quota is used up',
-        errno.EFBIG: 'it would pass the limit on file sizes (ulimit -f)',
-    }.get(code, full)
-    return f'{path} could not be written: {reason} ({free / 2**20:,.0f} MiB free)'
 
 
 def save(state: dict, out_dir: str | Path, best: bool = False):
@@ -49,51 +29,18 @@ def save(state: dict, out_dir: str | Path, best: bool = False):
 
     Raises CheckpointError where it cannot be written; there is a whole last.pt then as before.
     """
-    out_dir = Path(out_dir)
-    new = _temporary(out_dir / LAST)
+    last = Path(out_dir) / LAST
     try:
-        with open(new, 'wb') as f:
+        with files.replacing(last, 'wb') as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if best:
-            _link(new, out_dir / BEST)
-        if (out_dir / LAST).exists():
-            _link(out_dir / LAST, out_dir / PREVIOUS)
-        os.replace(new, out_dir / LAST)
-        _fsync_folder(out_dir)
+            files.sync(f)  # whole, before it gets a second name
+            if best:
+                files.link(files.temporary(last), last.with_name(BEST))
+            if last.exists():
+                files.link(last, last.with_name(PREVIOUS))
     except (OSError, RuntimeError) as e:
-        for name in (LAST, PREVIOUS, BEST):
-            _temporary(out_dir / name).unlink(missing_ok=True)
-        mend = 'the checkpoint before it is whole: make room and go on with --init_from=resume'
-        raise CheckpointError(f'{write_failed(out_dir / LAST, e)}; {mend}') from e
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f'{path.name}.tmp-{os.getpid()}')
-
-
-def _link(source: Path, target: Path):
-    """Make target a second name of the file source, in one step, whatever target was."""
-    second = _temporary(target)
-    second.unlink(missing_ok=True)
-    try:
-        os.link(source, second)
-    except OSError:  # a file system without hard links
-        with open(source, 'rb') as old, open(second, 'wb') as new:
-            shutil.copyfileobj(old, new, 2**24)
-            new.flush()
-            os.fsync(new.fileno())
-    os.replace(second, target)
-
-
-def _fsync_folder(folder: Path):
-    if os.name == 'posix':  # makes the new names durable; Windows has no handle for a folder
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fix = 'the checkpoint before it is whole: make room and go on with --init_from=resume'
+        raise CheckpointError(f'{files.write_failed(last, e)}; {fix}') from e
 
 
 class Saver:
@@ -203,70 +150,3 @@ def load_folder(out_dir: str | Path, which: str = LAST) -> dict:
         raise CheckpointError(
             f'{e}; whole: {", ".join(whole)}: copy one to {out_dir / which} to go on from there'
         ) from None
-
-
-def remove_stale(out_dir: str | Path):
-    """Delete what a killed save left behind; call it only while holding the folder's lock."""
-    for path in Path(out_dir).glob('*.tmp-*'):
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str):
-    """Write a small text file so that readers see the old content or the new, never half of it."""
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        with open(temporary, 'w', encoding='utf-8') as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(write_failed(path, e)) from e
-
-
-class FolderLock:
-    """Refuses a second run in one folder; the lock is the operating system's and dies with its process."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-
-    def __enter__(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / '.lock', 'a+b')
-        except OSError as e:
-            raise CheckpointError(f'{self.folder} cannot hold a run: {e}') from None
-        try:
-            _lock(self.file)
-        except (BlockingIOError, PermissionError):
-            self.file.seek(0)
-            holder = self.file.read(100).decode(errors='replace') or 'process unknown'
-            self.file.close()
-            raise CheckpointError(
-                f'{self.folder} is in use by another run ({holder}): '
-                'wait for it, stop it, or give another --out_dir'
-            ) from None
-        except OSError as e:
-            print(f'warning: {self.folder} cannot be locked ({e}): a second run in it would not be noticed')
-        self.file.truncate(0)
-        self.file.write(f'process {os.getpid()} on {platform.node()}'.encode())
-        self.file.flush()
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-def _lock(file):
-    """Lock an open file for this process, or raise OSError at once."""
-    if os.name == 'nt':
-        import msvcrt
-
-        os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte past the text, which others may then read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

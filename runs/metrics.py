@@ -16,19 +16,12 @@ from pathlib import Path
 
 import torch
 
-from runs.checkpoint import (
-    BEST,
-    LAST,
-    PREVIOUS,
-    CheckpointError,
-    remove_stale,
-    write_failed,
-    write_text,
-)
+from runs import files
+from runs.checkpoint import BEST, LAST, PREVIOUS
 from runs.datasets import bytes_per_token
+from runs.records import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS, RUN = 'metrics.jsonl', 'run.json'
 RUN_FILES = (LAST, PREVIOUS, BEST, METRICS, RUN)  # all that a run leaves in its folder
 WANDB_SECONDS = 60  # that wandb gets at the end to send what is left
 
@@ -110,24 +103,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
-    lines = Path(path).read_text(encoding='utf-8', errors='replace').split('\n')
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records += [json.loads(line)] if line else []
-        except json.JSONDecodeError as e:
-            if number < len(lines):
-                raise ValueError(f'{path}, line {number} is not JSON ({e.msg}): delete the line') from None
-    return records
-
-
 class Metrics:
     """The run's record. One line per call of log(); run.json is rewritten whole by update().
 
     resume_iter: of the checkpoint that the run goes on from, or None for a new run. Later lines are dropped
-    first, since the resumed run writes them again. Raises CheckpointError where nothing can be written.
+    first, since the resumed run writes them again. Raises FileError where nothing can be written.
     """
 
     def __init__(self, out_dir: str | Path, run: dict, resume_iter: int | None = None):
@@ -137,8 +117,8 @@ class Metrics:
             try:
                 kept = [record for record in read_jsonl(self.path) if record['iter'] <= resume_iter]
             except ValueError as e:
-                raise CheckpointError(str(e)) from None
-            write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
+                raise files.FileError(str(e)) from None
+            files.write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
         self.file = open(self.path, 'w' if resume_iter is None else 'a', encoding='utf-8')
         self.update()
 
@@ -149,7 +129,7 @@ class Metrics:
             self.file.write(json.dumps(clean) + '\n')
             self.file.flush()
         except OSError as e:
-            raise CheckpointError(write_failed(self.path, e)) from e
+            raise files.FileError(files.write_failed(self.path, e)) from e
 
     def sync(self):
         """Have what was logged on the disk, so that no power cut leaves a checkpoint without its metrics."""
@@ -157,7 +137,7 @@ class Metrics:
 
     def update(self, **fields):
         self.run.update(fields)
-        write_text(self.out_dir / RUN, json.dumps(self.run, indent=1) + '\n')
+        files.write_text(self.out_dir / RUN, json.dumps(self.run, indent=1) + '\n')
 
     def close(self):
         self.file.close()
@@ -226,6 +206,7 @@ def describe_run(k, argv, model, data, device: str, dtype: str, world: int) -> d
         'versions': versions(),
         'device': {'type': device, 'name': device_name(device), 'dtype': dtype, 'ranks': world},
         'threads': torch.get_num_threads(),
+        'describe': model.describe(),
         'model': {
             'params': model.num_params(),
             'params_total': model.num_params(non_embedding=False),
@@ -276,7 +257,7 @@ class Record:
             out_dir = Path(k.out_dir)
             for name in RUN_FILES if resume_iter is None else ():
                 (out_dir / name).unlink(missing_ok=True)
-            remove_stale(out_dir)
+            files.remove_stale(out_dir)
             self.metrics = Metrics(out_dir, run, resume_iter)
             name = k.wandb_run_name or out_dir.name
             self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from configurator import ConfigError, configure
 from model import GPTConfig
-from runs import checkpoint, metrics
+from runs import metrics
+from runs.files import FolderLock
 from runs.knobs import STARTS, Knobs, check, check_model
 from runs.ranks import Ranks
 from runs.resume import resume_knobs
@@ -82,7 +83,7 @@ def claimed(out_dir: Path, there: list[str], group: Ranks):
     if not group.main:
         yield
         return
-    with checkpoint.FolderLock(out_dir):
+    with FolderLock(out_dir):
         if there != run_files(out_dir):
             raise ConfigError(f'{out_dir}: another run has been at work here just now; start again')
         yield

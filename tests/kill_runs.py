@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import tiny  # noqa: E402
-from runs import checkpoint, metrics  # noqa: E402
+from runs import checkpoint, files, metrics  # noqa: E402
 
 KNOBS = {**tiny.TINY, 'max_iters': 40, 'eval_interval': 10, 'checkpoint_interval': 4, 'lr_decay_iters': 40}
 SAVES = 10  # that a run makes
@@ -77,9 +77,9 @@ def kill_in_save(number, moment):
         nonlocal number
         number -= 1
         if number == 0:
-            checkpoint.open = opened
+            files.open = opened
             for name in ('fsync', 'link', 'unlink', 'replace'):
-                setattr(checkpoint.os, name, counted(getattr(os, name)))
+                setattr(files.os, name, counted(getattr(os, name)))
         save(*args)
 
     checkpoint.save = the_save

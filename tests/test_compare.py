@@ -1,12 +1,20 @@
 """compare.py: statistics against hand-computed numbers, what it reads and refuses, pictures, the page."""
 
 import json
+import math
+import re
 import shutil
+import subprocess
+import sys
+import warnings
 
 import pytest
 
 import compare
 from compare import CompareError, holm, paired
+from configurator import ConfigError
+from runs.files import FileError
+from runs.records import RecordError, find_runs
 
 CONFIG = {
     'out_dir': 'out/x',
@@ -72,7 +80,7 @@ def tree(tmp_path):
 
 def report(*arguments, **options):
     """The Markdown, and the report in the page, without the pictures."""
-    c = compare.Comparison(compare.find_runs([str(a) for a in arguments]), **options)
+    c = compare.Comparison(find_runs([str(a) for a in arguments]), **options)
     data = compare.page(c, 'exp', 'command').split('id="report">')[1].split('</script>')[0]
     return compare.markdown(c, 'exp', 'command'), json.loads(data)
 
@@ -111,10 +119,21 @@ def test_holm_by_hand():
     assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
 
 
+def read_tables(text):
+    """{arm: {column: cell}} of both tables of a report."""
+    rows, header = {}, []
+    for line in text.splitlines():
+        cells = line[2:-2].split(' | ')
+        if line.startswith('| arm'):
+            header = cells
+        elif line.startswith('| ') and not line.startswith('| ---'):
+            rows.setdefault(cells[0], {}).update(zip(header, cells, strict=True))
+    return rows
+
+
 def test_the_table_says_what_the_files_say(tree, tmp_path):
     text, page = report(tree)
-    header, *rows = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| ')]
-    rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows[1:]}
+    rows = read_tables(text)
     assert list(rows) == ['vanilla', 'better', 'worse'], 'the baseline, then by loss'
     better = rows['better']
     assert better['val loss'] == '4.2000 ± 0.1823' and rows['vanilla']['val loss'] == '4.2200 ± 0.1924'
@@ -207,7 +226,7 @@ def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     assert 'moved ran with threads 2' in text
     assert 'moved ran with commit fedcba9876, vanilla with 0123456789 (seeds 0): comparable only if' in text
     assert 'moved ran with ranks 2' in text
-    assert 'mixed: its runs differ in more than the seed (seeds 0 and 1: dropout None and 0.1)' in text
+    assert 'mixed: its runs differ in more than the seed (seeds 0 and 1: dropout 0.0 and 0.1)' in text
     assert 'not tested' in text, 'one seed is no test'
     assert 'too few for a headline: mixed (2), moved (1), short (1)' in text
 
@@ -233,9 +252,9 @@ def test_any_output_folders_compare(tmp_path):
     assert '| plain | 2 | 4.1000 ± 0.1414 |' in text
     _, page = report(f'base={a}', f'new={c}')
     assert page['baseline'] == 'base' and [arm['name'] for arm in page['arms']] == ['base', 'new']
-    with pytest.raises(CompareError, match='both seed 1'):
+    with pytest.raises(RecordError, match='both seed 1'):
         report(f'x={a}', f'x={c}')
-    with pytest.raises(CompareError, match='nowhere'):
+    with pytest.raises(RecordError, match='nowhere'):
         report(tmp_path / 'nowhere')
     with pytest.raises(CompareError, match="no arm 'vanila': there are plain, mine"):
         report(a, b, c, baseline='vanila')
@@ -248,7 +267,7 @@ def test_folders_named_after_what_they_hold_are_not_taken_for_seeds(tmp_path):
     _, page = report(*sorted(tmp_path.iterdir()))
     assert sorted(arm['name'] for arm in page['arms']) == ['reflex_422', 'reflex_521', 'vanilla']
     a, b = make_run(tmp_path / 'a2', 4.0, 2, dropout=0.1), make_run(tmp_path / 'a22', 4.0, 22, dropout=0.1)
-    assert {run.arm for run in compare.find_runs([str(a), str(b)])} == {'a2'}
+    assert {run.arm for run in find_runs([str(a), str(b)])} == {'a2'}
     # alike in what they have in common: each keeps a name of its own
     for seed, lr in ((1, 1e-3), (2, 1e-3), (3, 1e-2), (4, 1e-2)):
         make_run(tmp_path / f'run-s{seed}', 4.0, seed, learning_rate=lr)
@@ -263,7 +282,7 @@ def test_a_record_without_what_is_needed_is_told_and_not_counted(tree, missing):
     del run[missing]
     path.write_text(json.dumps(run), encoding='utf-8')
     text, _ = report(tree)
-    assert f"worse, seed 3: its files cannot be read (KeyError: '{missing}')" in text
+    assert f'worse, seed 3: its files cannot be read (run.json: {missing} is missing); it does not' in text
 
 
 def test_arms_of_two_experiments_are_told_apart(tmp_path):
@@ -280,8 +299,204 @@ def test_a_choice_of_arms_and_a_table_in_a_document(tree, tmp_path):
     text = document.read_text(encoding='utf-8')
     assert text.startswith('before\n<!-- exp -->\n### exp') and text.endswith('<!-- /exp -->\nafter\n')
     assert '| worse |' in text and '| vanilla |' in text and '| better |' not in text and 'old' not in text
-    with pytest.raises(SystemExit, match='put a line <!-- other -->'):
+    with pytest.raises(CompareError, match='put a line <!-- other -->'):
         run_main(tmp_path, tree, '--name=other', f'--insert={document}')
+
+
+def test_names_break_neither_tables_nor_pictures(tmp_path):
+    names = ['$x^2$', 'a|b', 'two\nlines', '_under', '<b>', '{x}', '%s', '$']
+    arguments = []
+    for i, name in enumerate(names):
+        for seed in (0, 1):
+            folder = make_run(tmp_path / f'r{i}-{seed}', 4 + i / 10 + seed / 100, seed, attention=f'k{i}')
+            arguments.append(f'{name}={folder}')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        folder = run_main(tmp_path, *arguments, '--name=odd') / 'odd'
+    shown = ['\\$x^2\\$', 'a\\|b', 'two lines', '_under', '&lt;b>', '{x}', '%s', '\\$']
+    text = (folder / 'table.md').read_text(encoding='utf-8')
+    rows = [re.split(r'(?<!\\)\|', line) for line in text.splitlines() if line.startswith('|')]
+    assert [row[1].strip() for row in rows[2:10]] == shown and len({len(row) for row in rows[:10]}) == 1
+    arms = [compare.Compared(name, []) for name in names]
+    assert [compare.label_of(arm) for arm in arms[2:4]] == ['two lines', ' _under']
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '5',
+        'null',
+        '{}',
+        '{"iter": 30, "val/loss": "low"}',
+        '{"iter": 1e999}',
+        '{"iter": 100, "val/loss": 0.1}',
+    ],
+)
+def test_one_bad_run_takes_no_other_down(tree, tmp_path, line):
+    before = read_tables(report(tree)[0])
+    with open(tree / 'worse/seed3/metrics.jsonl', 'a', encoding='utf-8') as file:
+        file.write(line + '\n')
+    folder = run_main(tmp_path, tree) / 'exp'
+    after = read_tables((folder / 'table.md').read_text(encoding='utf-8'))
+    assert after['better'] == before['better'] and after['vanilla'] == before['vanilla']
+    assert after['worse']['seeds'] == '4 of 5'
+    _, page = report(tree)
+    assert sum('worse, seed 3: ' in warning for warning in page['warnings']) == 1
+
+
+def test_numbers_that_are_not_known_are_left_out(tree, tmp_path):
+    """No training loss, no speed, NaN, evaluations that no two runs share: a dash, and no failure."""
+
+    def rewrite(path, change):
+        rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+        path.write_text(''.join(json.dumps(change(row)) + '\n' for row in rows), encoding='utf-8')
+
+    for path in (tree / 'better').rglob('metrics.jsonl'):
+        rewrite(path, lambda row: {k: v for k, v in row.items() if k != 'train/loss'})
+    for path in (tree / 'worse').rglob('metrics.jsonl'):
+        rewrite(path, lambda row: {**row, 'tokens_per_s': 0.0, 'loss': float('nan')})
+    for seed in (0, 1):
+        make_run(tree / f'sparse/seed{seed}', 4.4, seed, attention='sparse')
+    rewrite(tree / 'sparse/seed0/metrics.jsonl', lambda row: {**row, 'iter': row['iter'] * 2})
+    run = json.loads((tree / 'sparse/seed0/run.json').read_text(encoding='utf-8'))
+    run['config']['max_iters'] = 200
+    (tree / 'sparse/seed0/run.json').write_text(json.dumps(run), encoding='utf-8')
+    rewrite(tree / 'sparse/seed0/metrics.jsonl', lambda row: {**row, 'iter': row['iter'] or 1})
+    for path, keep in (('seed0', (200,)), ('seed1', (100,))):
+        rows = (tree / f'sparse/{path}/metrics.jsonl').read_text(encoding='utf-8').splitlines()
+        rows = [r for r in rows if 'val/loss' not in r or json.loads(r)['iter'] in keep]
+        (tree / f'sparse/{path}/metrics.jsonl').write_text('\n'.join(rows) + '\n', encoding='utf-8')
+    folder = run_main(tmp_path, tree) / 'exp'
+    rows = read_tables((folder / 'table.md').read_text(encoding='utf-8'))
+    assert rows['better']['train loss'] == '–' and rows['better']['val loss'] == '4.2000 ± 0.1823'
+    assert rows['worse']['tokens/s'] == '–' and rows['worse']['training time'] == '–'
+    assert rows['worse']["time to vanilla's loss"] == '–'
+    assert (
+        rows['sparse']['val loss'] == '4.4000 ± 0.0000' and rows['sparse']["tokens to vanilla's loss"] == '–'
+    )
+    text, page = report(tree)
+    assert 'sparse: its runs have no evaluation in common, so no curve of it is drawn' in text
+    assert next(arm for arm in page['arms'] if arm['name'] == 'sparse')['points'] == []
+
+
+def test_evaluation_settings_that_changed_are_told(tree):
+    path = tree / 'worse/seed3/metrics.jsonl'
+    rows = path.read_text(encoding='utf-8').splitlines()
+    at = next(i for i, row in enumerate(rows) if '"iter": 50, "train/loss"' in row)
+    rows.insert(at + 1, '{"iter": 50, "event": "eval_changed", "eval_iters": [1, 2]}')
+    path.write_text('\n'.join(rows) + '\n', encoding='utf-8')
+    text, page = report(tree)
+    assert 'worse, seed 3: its evaluation settings changed at step 50; its curve begins there' in text
+    worse = next(arm for arm in page['arms'] if arm['name'] == 'worse')
+    assert [p['iter'] for p in worse['points']] == [75, 100], 'those that all its runs have'
+
+
+def test_bits_per_byte_by_hand(tree):
+    """4.2 nats per token of 3.2 bytes: 4.2 / (ln 2 · 3.2) = 1.8935 bits per byte."""
+    for path in tree.rglob('run.json'):
+        run = json.loads(path.read_text(encoding='utf-8'))
+        run['data']['bytes_per_token'] = {'train': 3.0, 'val': 3.2}
+        path.write_text(json.dumps(run), encoding='utf-8')
+    rows = read_tables(report(tree)[0])
+    assert rows['better']['bits per byte'] == f'{4.2 / (math.log(2) * 3.2):.4f}' == '1.8935'
+    assert 'bits per byte' not in read_tables(report('x=' + str(make_run(tree.parent / 'y', 4.0)))[0])['x']
+
+
+def test_how_much_sooner_by_hand(tree):
+    """better falls by 0.02 a step and ends 0.02 below vanilla: it is at vanilla's last loss one step before
+    its end, at 99 % of the tokens; at 0.902 of the speed that takes 1.10 times vanilla's time."""
+    rows = read_tables(report(tree)[0])
+    assert rows['better']["tokens to vanilla's loss"] == '0.99'
+    assert rows['better']["time to vanilla's loss"] == '1.10'
+    assert (
+        rows['worse']["tokens to vanilla's loss"] == rows['worse']["time to vanilla's loss"] == 'not reached'
+    )
+    assert rows['vanilla']["tokens to vanilla's loss"] == '–'
+
+
+def test_how_sensitive_an_arm_is_to_its_rate(tree):
+    for rate, loss in ((5e-4, 4.5), (1e-3, 4.2), (2e-3, 4.3)):
+        for seed, more in ((1000, 0.0), (1001, 0.1)):
+            place = tree.parent / f'exp-lr/better-lr{rate:g}/seed{seed}'
+            make_run(place, loss + more, seed, last=50, max_iters=50, attention='better', learning_rate=rate)
+    make_run(tree.parent / 'exp-lr/worse-lr0.001/seed1000', 4.0, attention='worse')
+    make_run(tree.parent / 'exp-lr/worse-lr0.002/seed1000', 4.1, attention='other', learning_rate=2e-3)
+    rows = read_tables(report(tree)[0])
+    # losses of make_run are those at step 100: one more at step 50, for all alike
+    assert rows['better']['at half, twice the rate'] == '+0.3000, +0.1000'
+    assert rows['worse']['at half, twice the rate'] == '–, –', 'a sweep of another model is none of its'
+    assert rows['vanilla']['at half, twice the rate'] == '–, –'
+
+
+def test_two_arms_that_are_one_model_are_told(tmp_path):
+    shape = {'n_layer': 6, 'n_head': 8}
+    for arm, knobs in {
+        'vanilla': {'attention': 'vanilla', 'head_split': '4-2-2'},  # which says nothing there
+        'same': {'attention': 'vanilla', 'learning_rate': 2e-3},
+        'cla': {'attention': 'cla'},
+        'dropout': {'attention': 'vanilla', 'dropout': 0.1},
+    }.items():
+        make_run(tmp_path / f'exp/{arm}/seed0', 4.0, **shape, **knobs)
+    larger = {'model': {**RUN['model'], 'params': RUN['model']['params'] + 6}}
+    make_run(tmp_path / 'exp/value_residual/seed0', 4.0, run=larger, **shape, attention='value_residual')
+    _, page = report(tmp_path / 'exp')
+    told = [w for w in page['warnings'] if 'same model' in w]
+    assert len(told) == 1 and told[0].startswith('same and vanilla are the same model')
+
+
+def test_arms_have_colours_of_their_own(tmp_path):
+    for i in range(13):
+        make_run(tmp_path / f'exp/arm{i}/seed0', 4 + i / 10, attention=f'k{i}')
+    _, page = report(tmp_path / 'exp')
+    assert len({arm['colour'] for arm in page['arms']}) == 13
+
+
+def test_what_no_other_arm_beats():
+    assert compare.beats((1, 4.0), (2, 4.0)) and compare.beats((1, 4.0), (1, 4.1))
+    assert not compare.beats((1, 4.0), (1, 4.0)) and not compare.beats((1, 4.1), (2, 4.0))
+
+
+def test_where_it_writes(tmp_path, monkeypatch, capsys):
+    """Own runs out of git's sight; what is kept in results/ beside the other kept charts."""
+    shutil.copy(compare.ROOT / 'compare.html', tmp_path)
+    monkeypatch.setattr(compare, 'ROOT', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / 'results/kept/a/seed0', 4.0)
+    make_run(tmp_path / 'out/experiments/mine/a/seed0', 4.0)
+    assert compare.main(['results/kept']) == 0 and compare.main(['out/experiments/mine']) == 0
+    assert (tmp_path / 'charts/kept/table.md').exists()
+    assert (tmp_path / 'out/charts/mine/table.md').exists() and not (tmp_path / 'charts/mine').exists()
+    for name in ('../x', '/x', 'a/b', '.x'):
+        with pytest.raises(FileError, match='give the plain name of a folder'):
+            compare.main(['results/kept', f'--name={name}'])
+    with pytest.raises(ConfigError, match='which runs'):
+        compare.main([])
+
+
+def test_mistakes_need_neither_torch_nor_matplotlib(tmp_path):
+    code = """
+import sys
+sys.argv = ['compare.py', *sys.argv[1:]]
+import compare
+try:
+    compare.run_program(compare.main)
+finally:
+    print('loaded:', *({'torch', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)), file=sys.stderr)
+"""
+    for argv, status in ((['--help'], 0), (['--nmae=x'], 2), (['nowhere'], 2), ([], 2)):
+        command = [sys.executable, '-c', code, *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=compare.ROOT, check=False)
+        assert done.returncode == status and done.stderr.splitlines()[-1] == 'loaded:', done.stderr
+        assert len(done.stderr.splitlines()) == 1 + bool(status), 'one line'
+
+
+def test_a_reader_that_goes_away_is_no_error(tree, tmp_path):
+    command = [sys.executable, 'compare.py', tree, f'--out={tmp_path}', '--name=x']
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=compare.ROOT, text=True, **pipes)
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == ''
+    process.stderr.close()
 
 
 def test_pictures_are_drawn_and_the_same_results_give_the_same_bytes(tree, tmp_path):
@@ -289,7 +504,7 @@ def test_pictures_are_drawn_and_the_same_results_give_the_same_bytes(tree, tmp_p
     make_run(tree / 'never/seed0', 1.0, 0, last=25, run={'status': 'stopped'}, attention='never')
     folder = run_main(tmp_path, tree) / 'exp'
     first = {path.name: path.read_bytes() for path in folder.glob('*.png')}
-    assert sorted(first) == ['cost.png', 'difference.png', 'loss.png', 'speed.png']
+    assert sorted(first) == ['cost.png', 'difference.png', 'loss.png', 'pareto.png', 'speed.png']
     assert all(len(image) > 10_000 for image in first.values())
     run_main(tmp_path, tree)
     assert first == {path.name: path.read_bytes() for path in folder.glob('*.png')}
@@ -310,9 +525,7 @@ def test_pictures_of_what_there_is(tmp_path):
 def test_names_cannot_break_out_of_the_page(tmp_path):
     make_run(tmp_path / 'exp/a/seed0', 4.0)
     evil = '</script><!--<script>alert(1)</script>'
-    c = compare.Comparison(
-        compare.find_runs([f'a={tmp_path / "exp"}', f'{evil}={make_run(tmp_path / "b", 4.0)}'])
-    )
+    c = compare.Comparison(find_runs([f'a={tmp_path / "exp"}', f'{evil}={make_run(tmp_path / "b", 4.0)}']))
     assert compare.page(c, 'exp', '').count('<script') == 2 and '<!--' not in compare.page(c, 'exp', '')
 
 
@@ -331,10 +544,10 @@ def browser():
 
 def test_the_page_in_a_browser(browser, tree, tmp_path):
     make_run(tree / 'better/seed5', 4.0, 5, last=50, run={'status': 'failed'}, attention='better')
-    c = compare.Comparison(compare.find_runs([str(tree)]))
+    c = compare.Comparison(find_runs([str(tree)]))
     path = tmp_path / 'index.html'
     path.write_text(compare.page(c, 'exp', 'command'), encoding='utf-8')
-    page = browser.new_page(viewport={'width': 1200, 'height': 2000})
+    page = browser.new_page(viewport={'width': 1300, 'height': 2000})
     problems, requests = [], []
     page.on('pageerror', lambda error: problems.append(str(error)))
     page.on('console', lambda message: problems.append(message.text))
@@ -344,6 +557,16 @@ def test_the_page_in_a_browser(browser, tree, tmp_path):
     assert page.locator('#table tr').count() == 4
     assert '−0.0200 [−0.0396, −0.0004]' in page.locator('#table').inner_text()
     assert 'better, seed 5: failed at step 50 of 100' in page.locator('#warnings').inner_text()
+    # everything is seen at once: the tables fit, the curves are shown from their start
+    fits = '[...document.querySelectorAll(".scroll")].every(box => box.scrollWidth <= box.clientWidth)'
+    assert page.evaluate(fits) and page.locator('.more').count() == 0
+    assert page.locator('#costs tr').count() == 4 and '3,072 B' in page.locator('#costs').inner_text()
+    ticks = [float(t) for t in page.locator('#curves text[text-anchor=end]').all_text_contents()]
+    assert max(ticks) >= 6, 'the loss of 6.2 at step 0'
+    page.locator('#end').check()
+    ticks = [float(t) for t in page.locator('#curves text[text-anchor=end]').all_text_contents()]
+    assert max(ticks) <= 5.5
+    page.locator('#end').uncheck()
     # curves: one line and one band per arm, the failed run dotted
     curve = page.locator('#curves path.curve[data-arm=better]')
     assert page.locator('#curves path.curve').count() == 3
@@ -385,6 +608,8 @@ def test_the_page_in_a_browser(browser, tree, tmp_path):
     page.locator('#difference svg rect').first.hover()
     assert 'seed 3' in page.locator('#difference .tip').inner_text()
     page.set_viewport_size({'width': 500, 'height': 900})
+    page.wait_for_selector('.more')
+    assert page.locator('.more').first.inner_text() == 'the table goes on: scroll it to the right →'
     page.wait_for_function("document.querySelector('#curves svg').getBoundingClientRect().width <= 500")
     assert problems == [] and all(url.startswith('file:') for url in requests if not url.startswith('data:'))
     page.close()

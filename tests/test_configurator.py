@@ -111,6 +111,46 @@ def test_command_line_values(arg, value):
     assert asdict(knobs) == asdict(Knobs()) | {name: value}
 
 
+def test_a_value_may_stand_apart_from_its_knob():
+    argv = '--max_iters 1e3 --note x.py --compile --weight_decay -0.5 --max_minutes none'.split()
+    knobs, given, files = configure(Knobs, argv)
+    wanted = {'max_iters': 1000, 'note': 'x.py', 'compile': True, 'weight_decay': -0.5, 'max_minutes': None}
+    assert given == wanted and files == [] and knobs == Knobs(**wanted)
+
+
+def test_a_program_of_words_gets_them_as_they_are(capsys):
+    argv = ['4', '--keep', '7', 'a.py', '--compile', 'x=y', '--note=b.py']
+    knobs, given, words = configure(Knobs, argv, words='EXPERIMENT …')
+    assert words == ['4', 'a.py', 'x=y'] and knobs == Knobs(keep=7, compile=True, note='b.py')
+    assert given == {'keep': 7, 'compile': True, 'note': 'b.py'}
+    assert "did you mean 'keep'" in refused(configure, Knobs, ['4', '--kep=1'], '', 'EXPERIMENT …')
+    with pytest.raises(SystemExit):
+        configure(Knobs, ['--help'], 'Runs.', words='EXPERIMENT …')
+    assert 'EXPERIMENT … and --key=value (or --key value) go in any order' in capsys.readouterr().out
+
+
+def test_a_command_line_is_divided_between_two_programs():
+    @dataclass(frozen=True)
+    class Own:
+        seeds: int = 5
+        status: bool = False
+        note: str = ''
+
+    argv = '4 --seeds 3 --status --max_iters 20 --compile mine.py --note=own --decay_lr=false'.split()
+    own, passed = configurator.divide(Own, Knobs, argv)
+    assert own == ['4', 'mine.py', '--seeds=3', '--status=true', '--note=own']
+    assert passed == ['--max_iters=20', '--compile=true', '--decay_lr=false']
+    assert configure(Own, own, words='X').knobs == Own(3, True, 'own')
+    for argv, part in (
+        (['--sedes=1'], "which is no knob; did you mean 'seeds'?"),
+        (['--max_iter=1'], "which is no knob; did you mean 'max_iters'?"),
+        (['--max_iters=x'], "sets max_iters to 'x', but max_iters wants a whole number (int)"),
+        (['--seeds'], 'gives --seeds no value; write --seeds=value'),
+    ):
+        assert part in refused(configurator.divide, Own, Knobs, argv)
+    assert configurator.divide(Own, Knobs, ['4', '--seeds=2', '-h']) == (['4', '--seeds=2', '-h'], [])
+
+
 @pytest.mark.parametrize(
     ('arg', 'parts'),
     [
@@ -144,7 +184,10 @@ def test_command_line_values_refused(arg, parts):
         (['--complie'], "did you mean 'compile'?"),
         (['--zzz=1'], '--help lists them'),
         (['--'], "sets '', which is no knob"),
-        (['--learning_rate', '3'], 'write --learning_rate=value'),
+        (['--learning_rate'], 'gives --learning_rate no value; write --learning_rate=value'),
+        (['--learning_rate', '--compile'], 'gives --learning_rate no value; write --learning_rate=value'),
+        (['--learing_rate', '3'], "sets 'learing_rate', which is no knob; did you mean 'learning_rate'?"),
+        (['--max_iters', 'x'], "sets max_iters to 'x', but max_iters wants a whole number (int)"),
         (
             ['--decay_lr', 'false'],
             "'false' is neither a config file (*.py) nor a knob; write --decay_lr=false",

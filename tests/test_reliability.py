@@ -21,9 +21,10 @@ import train
 from configurator import ConfigError
 from data.tokendata import DataError, open_data
 from data.tokenizer import Chars, TokenizerError
-from runs import checkpoint, metrics, system
+from runs import checkpoint, files, metrics, system
 from runs.checkpoint import BEST, LAST, PREVIOUS, CheckpointError
 from runs.diagnostics import SpikeWatch
+from runs.files import FileError
 from runs.models import load_model
 from runs.pretrained import PretrainedError
 from tiny import assert_same_run, flags, happening, kill_me, lines, resume, start, status, write_tokens
@@ -301,7 +302,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, data):
     refused = []
 
     def second():
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(FileError) as error:
             start(tmp_path, data, init_from='auto')
         refused.append(str(error.value))
 
@@ -317,7 +318,7 @@ def test_the_lock_dies_with_its_process(tmp_path, data):
     assert (
         tiny.Program(argv, tmp_path / 'log', fault=partial(tiny.at_step, 6, kill_me)).end() == -signal.SIGKILL
     )
-    with checkpoint.FolderLock(tmp_path):
+    with files.FolderLock(tmp_path):
         pass
 
 
@@ -360,7 +361,7 @@ def _raise(error, *args):
 
 def _kill_in_save(point):
     """Fault for a process: SIGKILL within the save of iteration 10, at a byte of the file or a later step."""
-    saves, write, link, replace = [], checkpoint.save, checkpoint._link, os.replace
+    saves, write, link, replace = [], checkpoint.save, files.link, os.replace
 
     def second_save():
         return len(saves) == 2
@@ -386,8 +387,8 @@ def _kill_in_save(point):
         if second_save() and point == 'after replace' and Path(target).name == LAST:
             kill_me()
 
-    checkpoint.save, checkpoint.open, checkpoint._link = save, opened, linked
-    checkpoint.os.replace = replaced
+    checkpoint.save, files.open, files.link = save, opened, linked
+    files.os.replace = replaced
 
 
 @pytest.mark.parametrize('point', [0, 5000, 100_000, BEST, PREVIOUS, 'before replace', 'after replace'])
@@ -415,7 +416,7 @@ def test_a_full_disk_leaves_the_checkpoint_and_stops_the_run(tmp_path, data, str
                 return TornWriter(path, 5000, _raise(OSError, errno.ENOSPC, os.strerror(errno.ENOSPC)))
         return open(path, mode, **kwargs)
 
-    monkeypatch.setattr(checkpoint, 'open', opened, raising=False)
+    monkeypatch.setattr(files, 'open', opened, raising=False)
     with pytest.raises(CheckpointError) as error:
         start(tmp_path, data, max_iters=1000, lr_decay_iters=12, checkpoint_interval=400)
     line = str(error.value)
@@ -451,7 +452,7 @@ def test_a_file_size_limit_leaves_the_checkpoint(tmp_path, data):
 def test_metrics_on_a_full_disk_say_so(tmp_path):
     log = metrics.Metrics(tmp_path, {})
     log.file = open('/dev/full', 'w', encoding='utf-8')
-    with pytest.raises(CheckpointError, match=r'metrics\.jsonl could not be written: the disk is full'):
+    with pytest.raises(FileError, match=r'metrics\.jsonl could not be written: the disk is full'):
         log.log({'iter': 1, 'loss': 2.0})
     log.file = io.StringIO()
 
@@ -827,7 +828,7 @@ def test_the_record_survives_a_torn_line(tmp_path):
     path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo', encoding='utf-8')
     assert metrics.read_jsonl(path) == [{'iter': 1, 'loss': 2.0}]
     path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo\n{"iter": 3}\n', encoding='utf-8')
-    with pytest.raises(CheckpointError, match=r'metrics\.jsonl, line 2 is not JSON .*: delete the line'):
+    with pytest.raises(FileError, match=r'metrics\.jsonl, line 2 is not JSON .*: delete the line'):
         metrics.Metrics(tmp_path, {}, resume_iter=3)
 
 
