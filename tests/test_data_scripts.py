@@ -211,10 +211,10 @@ def test_fineweb_killed_and_run_again(root, tmp_path):
     code = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
-from data import corpus
+from data import chunks
 
-corpus.CHUNK = 500
-real, count = corpus.encode_chunk, []
+chunks.CHUNK = 500
+real, count = chunks.encode_chunk, []
 
 def encode(*arguments):
     count.append(1)
@@ -223,7 +223,7 @@ def encode(*arguments):
     print('encoded')
     return real(*arguments)
 
-corpus.encode_chunk = encode
+chunks.encode_chunk = encode
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
