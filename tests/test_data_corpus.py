@@ -186,6 +186,8 @@ def test_folders_patterns_and_files(tmp_path, capsys):
     assert paths([str(tmp_path / 'set' / 'picture.png')]) == [
         str(tmp_path / 'set' / 'picture.png')
     ]  # as asked
+    with pytest.raises(CorpusError, match=f'{os.devnull} is neither a file nor a folder'):
+        paths([os.devnull])
     for bad in (tmp_path / 'none', tmp_path / '*.csv'):
         with pytest.raises(CorpusError, match=r'does not exist|no text in'):
             paths([bad])
