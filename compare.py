@@ -29,7 +29,8 @@ import matplotlib
 from scipy import stats
 
 from configurator import UserError, run_program
-from runs.metrics import BEFORE, METRICS, RUN, read_jsonl
+from runs.knobs import BEFORE
+from runs.metrics import METRICS, RUN, read_jsonl
 
 matplotlib.use('Agg')  # needs no display
 import matplotlib.pyplot as plt

@@ -69,8 +69,13 @@ def run_program(main):
     A UserError is one line on stderr and status 2; Ctrl-C is 130; that the reader has gone away (`| head`) is
     no error.
     """
+    sys.exit(_status_of(lambda: main(sys.argv[1:])))
+
+
+def _status_of(call):
+    """The exit status of call(): what it returns, or that of the exception that it raises."""
     try:
-        status = main(sys.argv[1:])
+        status = call()
         sys.stdout.flush()
     except UserError as e:
         print(f'{Path(sys.argv[0]).name}: {e}', file=sys.stderr)
@@ -80,7 +85,7 @@ def run_program(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         status = 0
-    sys.exit(status)
+    return status
 
 
 def configure(cls, argv, doc=''):
@@ -128,6 +133,27 @@ def from_dict(cls, values, where):
     if not isinstance(values, dict):
         raise ConfigError(f'{where} holds a {type(values).__name__}, not the names and values of knobs')
     return cls(**{name: _checked(cls, name, value, where) for name, value in values.items()})
+
+
+def check_command_line(cls, doc=''):
+    """
+    Answer --help and refuse wrong flags, as the first act of a program: before it imports what takes seconds.
+
+        if __name__ == '__main__':
+            check_command_line(Knobs, __doc__)
+
+        import torch
+
+    No config file is run here: `configure` does that, and everything else, later.
+    """
+    check_first(lambda argv: configure(cls, [arg for arg in argv if arg.startswith('-')], doc))
+
+
+def check_first(parse):
+    """Run parse(arguments) as `run_program` would, but return where it raises nothing."""
+    status = _status_of(lambda: parse(sys.argv[1:]) and None)
+    if status is not None:
+        sys.exit(status)
 
 
 def help_text(cls, doc=''):

@@ -35,11 +35,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import train
 from compare import Arm, CompareError, Run, find_runs, read_run, unlike
 from configurator import ConfigError, configure, run_program
 from data.tokendata import open_data
 from runs.checkpoint import FolderLock
+from runs.datasets import data_folder, prepare_stdlib
+from runs.knobs import Knobs, check, saved_knobs
 from runs.metrics import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parent
@@ -192,10 +193,10 @@ OWN = {'experiments', 'minutes', 'keep_checkpoints', 'wandb', 'status', 'results
 
 
 @cache
-def resolve(arguments: tuple) -> train.Knobs:
+def resolve(arguments: tuple) -> Knobs:
     """What train.py makes of its arguments; ConfigError where it would refuse them."""
-    knobs = configure(train.Knobs, [str(ROOT / a) if a.endswith('.py') else a for a in arguments]).knobs
-    train.check(knobs)
+    knobs = configure(Knobs, [str(ROOT / a) if a.endswith('.py') else a for a in arguments]).knobs
+    check(knobs)
     return knobs
 
 
@@ -209,7 +210,7 @@ class Job:
     out: Path  # train.py's out_dir
 
     @property
-    def knobs(self) -> train.Knobs:
+    def knobs(self) -> Knobs:
         return resolve(self.arguments)
 
     def __str__(self):
@@ -376,7 +377,7 @@ class Plan:
             if arm not in self.experiment_of:
                 raise ConfigError(f'no arm {arm!r}: there are {", ".join(self.experiment_of)}')
         given = [a.partition('=')[2] for a in extra if a.startswith('--dataset=')]
-        there = [d for d in self.scale.datasets if (train.data_folder(d) / 'meta.json').exists()]
+        there = [d for d in self.scale.datasets if (data_folder(d) / 'meta.json').exists()]
         self.dataset = given[-1] if given else there[0] if there else self.scale.datasets[-1]
 
     def job(
@@ -500,7 +501,7 @@ def refuse_other_settings(plan: Plan):
         later = [plan.job(plan.tree, arm, seed, 1e-3) for arm in arms for seed in plan.seeds]
     for job in [*sweep, *jobs, *later]:
         run = job.done()
-        then = train.saved_knobs(run.config, str(job.results / RUN)) if run else job.knobs
+        then = saved_knobs(run.config, str(job.results / RUN)) if run else job.knobs
         knobs = unlike(asdict(job.knobs), asdict(then))
         told = [
             f'{name}={was!r} (now {now!r})'
@@ -516,8 +517,8 @@ def refuse_other_settings(plan: Plan):
 
 def check_data(plan: Plan):
     """DataError before the first run, rather than one from each."""
-    folder = train.data_folder(plan.dataset)
-    train.prepare_stdlib(folder)
+    folder = data_folder(plan.dataset)
+    prepare_stdlib(folder)
     block_size = max(plan.job('', arm, 0, 1e-3).knobs.block_size for arm in plan.arms)
     open_data(folder, block_size, plan.job('', plan.arms[0], 0, 1e-3).knobs.vocab_size or None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import configure
-from train import Knobs, model_config
+from runs.knobs import Knobs, model_config
 
 COLOURS = ['#dbe5f1', '#f2a65a', '#7fb069', '#b388c9', '#d96c6c', '#6cc2bd', '#c9b458', '#8d99ae']  # by lag
 CELL, STEP, LEFT, TOP = 58, 66, 96, 112  # of a square, from head to head, and where the first one is

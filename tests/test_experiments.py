@@ -18,7 +18,7 @@ import experiments
 import train
 from configurator import ConfigError
 from runs import metrics
-from runs.checkpoint import MODELS
+from runs.models import MODELS
 
 RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at the one beyond
 # Takes train.py's place: the same arguments and files, a loss that is a formula, no torch.
@@ -43,7 +43,7 @@ asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 metrics, last = out / 'metrics.jsonl', out / 'last.pt'
 start = int(last.read_text()) if last.exists() else 0
-kind = config['attention'] + config['head_split'] if 'head_split' in config else config['attention']
+kind = config['attention']
 best = 8e-3 if kind == 'reflex_all' else 2e-3
 rate, n, run = config['learning_rate'], config['max_iters'], dict(status='running', error=None)
 diverged = config['seed'] == 7
@@ -138,8 +138,8 @@ def test_the_published_sizes():
     k = plan.job('t', 'reflex_422', 3, 1e-3).knobs
     assert (k.n_layer, k.n_head, k.n_embd, k.block_size, k.batch_size) == (6, 8, 768, 1024, 32)
     assert (k.max_iters, k.warmup_iters, k.learning_rate, k.min_lr, k.beta2) == (5000, 400, 1e-3, 1e-5, 0.98)
-    assert (k.head_split, k.seed, k.bias, k.dropout, k.gradient_accumulation_steps) == (
-        '4-2-2',
+    assert (k.attention, k.seed, k.bias, k.dropout, k.gradient_accumulation_steps) == (
+        'reflex(4-2-2)',
         3,
         False,
         0,
@@ -410,7 +410,7 @@ def test_a_real_run(tmp_path):
     command += [f'--results={tmp_path / "results"}', f'--work={tmp_path / "work"}', '--compile=false']
     assert experiments.main(command) == 0
     (run,) = compare.find_runs([str(tmp_path / 'results/4-cpu')])
-    assert run.finished and run.config['head_split'] == '4-2-2' and 3 < run.val_loss < 5
+    assert run.finished and run.config['attention'] == 'reflex(4-2-2)' and 3 < run.val_loss < 5
     assert [e['iter'] for e in run.evals] == [0, 3]
     assert experiments.main(command) == 0, 'finished, with the settings that were asked for'
     text = compare.markdown(compare.Comparison([run]), 'x', 'y')

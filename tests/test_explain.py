@@ -63,9 +63,9 @@ def test_additive_attention_has_two_views_per_layer():
     assert titles[4] == 'layer 2: queries, global'
 
 
-@pytest.mark.parametrize('attention', ['vanilla', 'reflex', 'lime'])
+@pytest.mark.parametrize('attention', ['vanilla', 'reflex(2-2)', 'lime'])
 def test_views_of_other_attentions_are_what_the_last_token_pays(attention):
-    model = gpt(attention=attention, head_split='2-2')
+    model = gpt(attention=attention)
     ids = list(range(20))
     views = explain.look(model, ids)
     assert len(views) == 3 and not any(view.logits for view in views)
@@ -78,6 +78,13 @@ def test_views_of_other_attentions_are_what_the_last_token_pays(attention):
         rows = slice(h * hs, (h + 1) * hs)
         wanted = (q[-1, rows] @ k[:, rows].T / math.sqrt(hs)).softmax(-1)
         torch.testing.assert_close(views[0].weights()[h], wanted)
+
+
+def test_the_last_token_pays_nothing_outside_its_window():
+    views = explain.look(gpt(attention='vanilla(window=5)'), list(range(20)))
+    for view in views:
+        paid = torch.tensor(view.heads)
+        assert (paid[:, :15] == 0).all() and (paid[:, 15:] > 0).all()
 
 
 def test_looking_leaves_the_model_as_it_was():
@@ -95,9 +102,9 @@ def test_tokens_add_up_to_the_text():
     assert added == ['', 'ё', '=', '', '', '', '\ufffd.'] and ''.join(added) == 'ё=\ufffd.'
 
 
-@pytest.mark.parametrize('attention', ['leap', 'additive', 'reflex'])
+@pytest.mark.parametrize('attention', ['leap(auto)', 'additive(auto)', 'reflex(2-2)'])
 def test_the_program_writes_a_page_and_a_picture(attention, tmp_path, capsys):
-    run = run_of(gpt(attention=attention, head_split='2-2'), tmp_path / 'run')
+    run = run_of(gpt(attention=attention), tmp_path / 'run')
     assert explain.main([f'--out_dir={run}', f'--text={TEXT}', '--head=1']) == 0
     page = (run / 'explain.html').read_text(encoding='utf-8')
     assert not re.search(r'https?:|src=|@import', page), 'nothing is loaded from elsewhere'
