@@ -194,9 +194,9 @@ def open_data(
 
     `vocab_size` is for a folder without meta.json (nanoGPT's raw .bin); with meta.json it must agree.
     `verify` builds the tokenizer, to compare its vocabulary, and reads every file to its end, to compute its
-    SHA-256 and to find ids outside the vocabulary. The latter happens once per file: `.verified.json` beside it
-    remembers the file's stamp and SHA-256, if the folder is writable. Everything else (names, sizes, the shape
-    of meta.json, fingerprints) is checked at every call. DataError names what is wrong and the fix.
+    SHA-256 and to find ids outside the vocabulary. A file is read once: `.verified.json` beside it remembers
+    its stamp and SHA-256, if the folder is writable. Everything else (names, sizes, the shape of meta.json,
+    fingerprints) is checked at every call. DataError names what is wrong and the fix.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -294,8 +294,8 @@ def token_files(name: str, entry: Meta) -> dict[str, Meta]:
 def _tokenizer_spec(folder: Path, meta: Meta, verify: bool, fix: str) -> Spec:
     """The spec in meta.json, completed with the text of the tokenizer.json that stands beside it.
 
-    It must be the tokenizer of this vocabulary: one that has fewer ids would leave some that never occur. That
-    is known only after it is built, which takes a second for a large one.
+    It must be the tokenizer of this vocabulary: one that has fewer ids would leave some that never occur. To
+    know that it must be built, which takes a second for a large one.
     """
     spec = dict(meta['tokenizer'])
     if spec.get('kind') == 'tokenizers':
