@@ -65,8 +65,8 @@ def is_program(name: str) -> bool:
 
 
 def room(name: str) -> str:
-    """A folder is a room, and so is configurator.py. Other files on top are models where they need nothing of
-    runs/, else programs and what belongs to them."""
+    """A folder is a room; configurator.py and declared.py, on which all the others build, are one too. Other
+    files on top are models where they need nothing of runs/, else programs and what belongs to them."""
     top = name.split('.')[0]
     if top in ('configurator', 'declared'):
         return 'configurator'
