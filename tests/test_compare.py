@@ -529,19 +529,6 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     assert compare.page(c, 'exp', '').count('<script') == 2 and '<!--' not in compare.page(c, 'exp', '')
 
 
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright')
-    names = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip('needs a Chromium: none of ' + ', '.join(names) + ' is here')
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield browser
-        browser.close()
-
-
 def test_the_page_in_a_browser(browser, tree, tmp_path):
     make_run(tree / 'better/seed5', 4.0, 5, last=50, run={'status': 'failed'}, attention='better')
     c = compare.Comparison(find_runs([str(tree)]))
