@@ -44,7 +44,7 @@ from functools import cache
 from pathlib import Path
 
 from configurator import ConfigError, configure, divide, run_program
-from runs.files import FolderLock, check_name, lock_holder, write_text
+from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
 from runs.records import (
     METRICS,
     README,
@@ -397,7 +397,7 @@ class Runner:
         if holder:
             say(f'{job}: still runs ({holder}): waiting for it')
             return None
-        job.out.mkdir(parents=True, exist_ok=True)
+        make_folder(job.out)
         command = [sys.executable, str(PROGRAM), *job.arguments, *self.extra]
         command += [f'--out_dir={_short(job.out)}', '--init_from=auto']
         environment = dict(os.environ)
@@ -423,7 +423,7 @@ class Runner:
         steps = self.steps + sum(max(0, job.step() - first) for job, (_, first) in running.items())
         left = later + sum(job.knobs.max_iters - job.step() for job in [*waiting, *running])
         now = ', '.join(f'{job} at {job.step()} of {job.knobs.max_iters}' for job in running)
-        if steps:
+        if steps >= 20:  # before, most of the time went into starting
             minutes = round((time.monotonic() - self.started) / steps * left / 60)
             now += f'; about {minutes // 60} h {minutes % 60:02} min left'
         say(f'[{time.strftime("%H:%M")}] {now}; {len(waiting)} more to do')
@@ -871,7 +871,7 @@ def write_readme(plan: Plan, command: str):
     lines += ['| arm | arguments of train.py | learning rate | sweep: validation loss by rate |']
     lines += ['| --- | --- | --- | --- |', *rows.values(), '']
     lines += [f'- {line}' for line in ranking(plan)]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, '\n'.join(lines))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import compare
 from compare import CompareError, holm, paired
-from configurator import ConfigError
+from configurator import ConfigError, UserError
 from runs.files import FileError
 from runs.records import RecordError, find_runs
 
@@ -471,6 +471,19 @@ def test_where_it_writes(tmp_path, monkeypatch, capsys):
             compare.main(['results/kept', f'--name={name}'])
     with pytest.raises(ConfigError, match='which runs'):
         compare.main([])
+
+
+def test_places_that_cannot_be_written_or_read_are_one_line(tree, tmp_path):
+    (tmp_path / 'file').touch()
+    for argument, words in (
+        (f'--out={tmp_path}/file', r'file/exp could not be written: .*; give another --out'),
+        (f'--insert={tmp_path}/gone.md', r'gone\.md cannot be read .*: give a Markdown file'),
+        (f'--pack={tmp_path}/file/x', 'file cannot be made'),
+    ):
+        out = [] if argument.startswith('--out') else [f'--out={tmp_path}/charts']
+        with pytest.raises(UserError, match=words) as error:
+            compare.main([str(tree), argument, *out])
+        assert '\n' not in str(error.value)
 
 
 def test_mistakes_need_neither_torch_nor_matplotlib(tmp_path):
