@@ -374,14 +374,17 @@ class Runner:
                     job = waiting.pop(0)
                     running[job] = (self._start(job), job.step())
                 for job, (process, first) in list(running.items()):
-                    ended = process.poll() is not None if process else not lock_holder(job.out)
-                    if ended:
-                        del running[job]
-                        self.steps += max(0, job.step() - first)
-                        if process or job.done():
-                            self._end(job, process.returncode if process else 0)
-                        else:
-                            waiting.insert(0, job)  # it goes on from its checkpoint
+                    if process.poll() is None if process else lock_holder(job.out):
+                        continue
+                    del running[job]
+                    if process and not job.done() and lock_holder(job.out):
+                        running[job] = (self._wait_for(job), first)  # that one had just begun when we did
+                        continue
+                    self.steps += max(0, job.step() - first)
+                    if process or job.done():
+                        self._end(job, process.returncode if process else 0)
+                    else:
+                        waiting.insert(0, job)  # it goes on from its checkpoint
                 if time.monotonic() - told > 60:
                     told = time.monotonic()
                     self._tell(waiting, running, later)
@@ -393,10 +396,8 @@ class Runner:
 
     def _start(self, job: Job):
         """Its process; None where it still runs, since this program was killed and the run was not."""
-        holder = lock_holder(job.out)
-        if holder:
-            say(f'{job}: still runs ({holder}): waiting for it')
-            return None
+        if lock_holder(job.out):
+            return self._wait_for(job)
         make_folder(job.out)
         command = [sys.executable, str(PROGRAM), *job.arguments, *self.extra]
         command += [f'--out_dir={_short(job.out)}', '--init_from=auto']
@@ -406,6 +407,9 @@ class Runner:
         with open(job.out / LOG, 'a', encoding='utf-8') as log:
             print(f'{MARK}start', file=log, flush=True)
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def _wait_for(self, job: Job):
+        say(f'{job}: still runs ({lock_holder(job.out)}): waiting for it')
 
     def _end(self, job: Job, code: int):
         run = job.done()
