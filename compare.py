@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import ConfigError, UserError, configure, run_program
-from runs.files import check_name
+from runs.files import check_name, write_failed, write_text
 from runs.records import (
     Arm,
     Run,
@@ -521,12 +521,15 @@ def markdown(c: Comparison, title: str, command: str) -> str:
 
 def insert(text: str, name: str, path: Path):
     """Replace what stands between <!-- NAME --> and <!-- /NAME --> in a Markdown file."""
-    document = path.read_text(encoding='utf-8')
+    try:
+        document = path.read_text(encoding='utf-8')
+    except (OSError, ValueError) as e:
+        raise CompareError(f'--insert={path} cannot be read ({e}): give a Markdown file') from None
     start, end = f'<!-- {name} -->', f'<!-- /{name} -->'
     if document.count(start) != 1 or document.count(end) != 1:
         raise CompareError(f'{path}: put a line {start} and a line {end} where the table belongs')
     before, rest = document.split(start)
-    path.write_text(before + start + '\n' + text + end + rest.split(end)[1], encoding='utf-8')
+    write_text(path, before + start + '\n' + text + end + rest.split(end)[1])
 
 
 # -----------------------------------------------------------------------------
@@ -792,11 +795,14 @@ def main(argv: list[str]) -> int:
     check_name('the name of the comparison', name)
     kept = first.is_relative_to(ROOT / 'results')
     folder = Path(k.out or ('charts' if kept else 'out/charts')) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(c, folder)
     text = markdown(c, name, command)
-    (folder / 'table.md').write_text(text, encoding='utf-8')
-    (folder / 'index.html').write_text(page(c, name, command), encoding='utf-8')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(c, folder)
+    except OSError as e:
+        raise CompareError(f'{write_failed(folder, e)}; give another --out') from None
+    write_text(folder / 'table.md', text)
+    write_text(folder / 'index.html', page(c, name, command))
     if k.insert:
         insert(text, name, Path(k.insert))
     print(text)

@@ -46,7 +46,7 @@ from pathlib import Path
 from configurator import ConfigError, configure, divide, run_program
 from runs import knobs as training
 from runs.datasets import data_folder, prepare_stdlib
-from runs.files import FolderLock, check_name, lock_holder, write_text
+from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
 from runs.records import (
     METRICS,
     README,
@@ -369,14 +369,17 @@ class Runner:
                     job = waiting.pop(0)
                     running[job] = (self._start(job), job.step())
                 for job, (process, first) in list(running.items()):
-                    ended = process.poll() is not None if process else not lock_holder(job.out)
-                    if ended:
-                        del running[job]
-                        self.steps += max(0, job.step() - first)
-                        if process or job.done():
-                            self._end(job, process.returncode if process else 0)
-                        else:
-                            waiting.insert(0, job)  # it goes on from its checkpoint
+                    if process.poll() is None if process else lock_holder(job.out):
+                        continue
+                    del running[job]
+                    if process and not job.done() and lock_holder(job.out):
+                        running[job] = (self._wait_for(job), first)  # that one had just begun when we did
+                        continue
+                    self.steps += max(0, job.step() - first)
+                    if process or job.done():
+                        self._end(job, process.returncode if process else 0)
+                    else:
+                        waiting.insert(0, job)  # it goes on from its checkpoint
                 if time.monotonic() - told > 60:
                     told = time.monotonic()
                     self._tell(waiting, running, later)
@@ -388,11 +391,9 @@ class Runner:
 
     def _start(self, job: Job):
         """Its process; None where it still runs, since this program was killed and the run was not."""
-        holder = lock_holder(job.out)
-        if holder:
-            say(f'{job}: still runs ({holder}): waiting for it')
-            return None
-        job.out.mkdir(parents=True, exist_ok=True)
+        if lock_holder(job.out):
+            return self._wait_for(job)
+        make_folder(job.out)
         command = [sys.executable, str(PROGRAM), *job.arguments, *self.extra]
         command += [f'--out_dir={_short(job.out)}', '--init_from=auto']
         environment = dict(os.environ)
@@ -401,6 +402,9 @@ class Runner:
         with open(job.out / LOG, 'a', encoding='utf-8') as log:
             print(f'{MARK}start', file=log, flush=True)
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def _wait_for(self, job: Job):
+        say(f'{job}: still runs ({lock_holder(job.out)}): waiting for it')
 
     def _end(self, job: Job, code: int):
         run = job.done()
@@ -418,7 +422,7 @@ class Runner:
         steps = self.steps + sum(max(0, job.step() - first) for job, (_, first) in running.items())
         left = later + sum(job.knobs.max_iters - job.step() for job in [*waiting, *running])
         now = ', '.join(f'{job} at {job.step()} of {job.knobs.max_iters}' for job in running)
-        if steps:
+        if steps >= 20:  # before, most of the time went into starting
             minutes = round((time.monotonic() - self.started) / steps * left / 60)
             now += f'; about {minutes // 60} h {minutes % 60:02} min left'
         say(f'[{time.strftime("%H:%M")}] {now}; {len(waiting)} more to do')
@@ -868,7 +872,7 @@ def write_readme(plan: Plan, command: str):
     lines += ['| arm | arguments of train.py | learning rate | sweep: validation loss by rate |']
     lines += ['| --- | --- | --- | --- |', *rows.values(), '']
     lines += [f'- {line}' for line in ranking(plan)]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, '\n'.join(lines))
 
 

@@ -5,7 +5,8 @@
 
 Writes OUT_DIR/explain.html (one file, no network: pick layer and head, click a token to see what it reads)
 and OUT_DIR/explain.png. LEAP and additive attention have one logit per token and head, and a token reads the
-softmax of those in its window. Other attentions show what the last token pays to each token.
+softmax of those in its window. Of other attentions the picture shows what the last token pays to each token,
+and the page what any token pays, in texts of up to 128 tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = 100  # characters in a line of the picture
+READERS = 128  # tokens of a text up to which the page has what each of them reads: their square, per head
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,14 @@ class Knobs:
 @dataclass(frozen=True)
 class View:
     """What one attention looks at. logits: the numbers are logits of all tokens, which every token reads
-    through its window (0: all before); else they are the weights that the last token pays."""
+    through its window (0: all before); else they are the weights that the last token pays. readers: then the
+    weights that every token pays to those up to it, unless the text is long."""
 
     title: str
     logits: bool
     window: int
     heads: list[list[float]]  # (n_head, T)
+    readers: list | None = None  # (n_head, T, 1 to T)
 
     def weights(self) -> torch.Tensor:
         """What each token weighs to those that read it, (n_head, T): for logits the mean of its weight over
@@ -71,7 +75,7 @@ class View:
 
 
 class Watch(TorchFunctionMode):
-    """Inside, sees what the last token pays in every scaled dot-product attention; calls `see(weights)`."""
+    """Inside, sees what tokens pay in every scaled dot-product attention; calls see((n_head, T, T))."""
 
     def __init__(self, see):
         super().__init__()
@@ -80,11 +84,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             q, k = (t.float() for t in args[:2])  # (B, n_head, T, head_size)
-            scores = q[:, :, -1:] @ k.mT / math.sqrt(q.size(-1))  # (B, n_head, 1, T)
+            scores = (q @ k.mT / math.sqrt(q.size(-1)))[0]  # (n_head, T, T), reader first
             mask = (kwargs or {}).get('attn_mask')
-            if mask is not None:
-                scores = scores.masked_fill(~mask[..., -1:, :], -math.inf)
-            self.see(scores.softmax(-1)[0, :, 0])
+            seen = torch.ones_like(scores[0], dtype=torch.bool).tril() if mask is None else mask[0]
+            self.see(scores.masked_fill(~seen, -math.inf).softmax(-1))
         return function(*args, **(kwargs or {}))
 
 
@@ -102,8 +105,11 @@ def look(model, ids: list[int]) -> list[View]:
         views.append(View(title, True, mean.window, args[0][0].tolist()))
 
     def see_weights(weights):
-        title = f'layer {layer}: {model.transformer.h[layer].attn.describe()}, last token'
-        views.append(View(title, False, 0, weights.tolist()))
+        title = f'layer {layer}: {model.transformer.h[layer].attn.describe()}'
+        readers = None
+        if len(ids) <= READERS:
+            readers = [[row[: i + 1] for i, row in enumerate(head)] for head in weights.tolist()]
+        views.append(View(title, False, 0, weights[:, -1].tolist(), readers))
 
     for l, block in enumerate(model.transformer.h):
         hooks.append(block.attn.register_forward_pre_hook(lambda attn, args, l=l: enter(attn, args, l)))
@@ -131,11 +137,17 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
 
 def page(tokens: list[str], views: list[View], about: str) -> str:
     """explain.html with the numbers in it: one file, no network."""
-    rounded = [
-        {**asdict(view), 'heads': [[float(f'{x:.5g}') for x in head] for head in view.heads]}
+
+    def rounded(numbers, digits):
+        if isinstance(numbers, list):
+            return [rounded(x, digits) for x in numbers]
+        return None if numbers is None else float(f'{numbers:.{digits}g}')
+
+    shown = [
+        {**asdict(view), 'heads': rounded(view.heads, 5), 'readers': rounded(view.readers, 3)}
         for view in views
     ]
-    report = json.dumps({'about': about, 'tokens': tokens, 'views': rounded}, ensure_ascii=False)
+    report = json.dumps({'about': about, 'tokens': tokens, 'views': shown}, ensure_ascii=False)
     report = report.replace('<', '\\u003c')  # nothing in it ends the script element
     template = (ROOT / 'explain.html').read_text(encoding='utf-8')
     return template.replace('__ABOUT__', html.escape(about)).replace('__REPORT__', report)
@@ -163,7 +175,7 @@ def picture(tokens: list[str], views: list[View], path: Path, head: int = -1):
         weights = weights.mean(0) if head < 0 else weights[head]
         most = float(weights.max())
         darkest = f'darkest: {most:.2g} ' + ('times a plain mean' if view.logits else 'of a sum of 1')
-        title = f'{view.title} ({darkest})'
+        title = f'{view.title}{"" if view.logits else ", last token"} ({darkest})'
         axes.text(0, top - 0.5, title, fontsize=7, color='dimgray', va='center')
         for token, weight, (x, y, width) in zip(tokens, weights.tolist(), places, strict=True):
             patch = Rectangle((x, top + y), width, 1, color='tab:orange', alpha=weight / most, linewidth=0)

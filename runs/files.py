@@ -48,6 +48,14 @@ def write_text(path: str | Path, text: str):
         raise FileError(write_failed(path, e)) from e
 
 
+def make_folder(path: Path):
+    """With those above it, where they are missing. Raises FileError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FileError(f'{path} cannot be made: {e}') from None
+
+
 def write_failed(path: str | Path, e: Exception) -> str:
     """One line: what could not be written, and why."""
     path = Path(path)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from layers.spec import canonical
-from runs.files import replacing, write_text
+from runs.files import make_folder, write_text
 from runs.knobs import BEFORE, Knobs
 
 METRICS, RUN, README = 'metrics.jsonl', 'run.json', 'README.md'
@@ -462,8 +462,12 @@ def unpacked(path: Path) -> Path:
 
 
 def is_pack(path: Path) -> bool:
-    with open(path, 'rb') as file:
-        return file.read(9) == b'{"folder"'
+    """Whether a file is a packed study, by how it begins; other files may well be called *.jsonl."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(9) == b'{"folder"'
+    except OSError:
+        return False
 
 
 def read_pack(path: Path) -> list[Stored]:
@@ -531,12 +535,14 @@ def pack(folders: list[Path], study: Path) -> list[Path]:
                         f'{place} of {study}: rename one of the folders'
                     )
                 runs[place] = stored
-    study.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(study.parent)
     for tree, runs in trees.items():
-        with replacing(packed(tree)) as file:
-            for place, stored in sorted(runs.items(), key=lambda item: _natural(Path(item[0]))):
-                row = {'folder': place, 'run': stored.run, 'metrics': _tables(stored.metrics)}
-                file.write(json.dumps(row, separators=(',', ':')) + '\n')
+        rows = [
+            {'folder': place, 'run': stored.run, 'metrics': _tables(stored.metrics)}
+            for place, stored in sorted(runs.items(), key=lambda item: _natural(Path(item[0])))
+        ]
+        lines = [json.dumps(row, separators=(',', ':')) + '\n' for row in rows]
+        write_text(packed(tree), ''.join(lines))
         back = {s.folder.relative_to(tree).as_posix(): s[1:] for s in read_pack(packed(tree))}
         if back != {place: stored[1:] for place, stored in runs.items()}:
             raise RecordError(f'{packed(tree)} does not read back as it was written; nothing was removed')
@@ -588,7 +594,7 @@ def unpack(study: Path, folder: Path):
             if stored.error:
                 raise RecordError(f'{stored.folder}: {stored.error}')
             if not (place / RUN).exists():
-                place.mkdir(parents=True, exist_ok=True)
+                make_folder(place)
                 write_text(place / METRICS, ''.join(json.dumps(record) + '\n' for record in stored.metrics))
                 write_text(place / RUN, json.dumps(stored.run, indent=1) + '\n')
     if readme_of(study).exists() and not (folder / README).exists():

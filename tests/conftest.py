@@ -29,6 +29,20 @@ def shared():
     return folder
 
 
+@pytest.fixture(scope='session')
+def browser():
+    """A headless Chromium; the test skips without one."""
+    sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright')
+    names = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip('needs a Chromium: none of ' + ', '.join(names) + ' is here')
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+
 def random_gpt(config, seed=0, std=0.2):
     """A GPT, or what else the config is of, whose attention is far from uniform; norms, biases and shares
     are not at their start either."""

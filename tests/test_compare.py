@@ -12,7 +12,7 @@ import pytest
 
 import compare
 from compare import CompareError, holm, paired
-from configurator import ConfigError
+from configurator import ConfigError, UserError
 from runs.files import FileError
 from runs.records import RecordError, find_runs
 
@@ -473,6 +473,19 @@ def test_where_it_writes(tmp_path, monkeypatch, capsys):
         compare.main([])
 
 
+def test_places_that_cannot_be_written_or_read_are_one_line(tree, tmp_path):
+    (tmp_path / 'file').touch()
+    for argument, words in (
+        (f'--out={tmp_path}/file', r'file/exp could not be written: .*; give another --out'),
+        (f'--insert={tmp_path}/gone.md', r'gone\.md cannot be read .*: give a Markdown file'),
+        (f'--pack={tmp_path}/file/x', 'file cannot be made'),
+    ):
+        out = [] if argument.startswith('--out') else [f'--out={tmp_path}/charts']
+        with pytest.raises(UserError, match=words) as error:
+            compare.main([str(tree), argument, *out])
+        assert '\n' not in str(error.value)
+
+
 def test_mistakes_need_neither_torch_nor_matplotlib(tmp_path):
     code = """
 import sys
@@ -527,19 +540,6 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     evil = '</script><!--<script>alert(1)</script>'
     c = compare.Comparison(find_runs([f'a={tmp_path / "exp"}', f'{evil}={make_run(tmp_path / "b", 4.0)}']))
     assert compare.page(c, 'exp', '').count('<script') == 2 and '<!--' not in compare.page(c, 'exp', '')
-
-
-@pytest.fixture(scope='module')
-def browser():
-    sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright')
-    names = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip('needs a Chromium: none of ' + ', '.join(names) + ' is here')
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 
 def test_the_page_in_a_browser(browser, tree, tmp_path):

@@ -42,6 +42,8 @@ for argument in sys.argv[1:]:
         except (ValueError, SyntaxError):
             config[name] = text
 out = Path(config['out_dir'])
+while (out.parents[2] / 'early').exists():  # as long as torch is imported
+    time.sleep(0.02)
 lock = open(out / '.lock', 'a+')
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 lock.truncate(0)
@@ -369,6 +371,24 @@ def test_runs_whose_driver_was_killed_are_waited_for(driver, tmp_path):
     assert set(states(tmp_path).values()) == {'finished'}
     assert len(calls(tmp_path)) == 2, 'neither was started twice'
     assert not list((tmp_path / 'out').rglob('*.pt'))
+
+
+def test_runs_that_had_just_begun_when_their_driver_was_killed_are_waited_for(driver, tmp_path):
+    """They hold their folders a little later: then a second start of each is one too many, and gives way."""
+    early, logs = tmp_path / 'out/early', lambda: list((tmp_path / 'out').rglob('log.txt'))
+    early.touch()
+    first = driver()
+    wait_until(lambda: len(logs()) == 2)
+    first.kill()
+    first.wait()
+    second = driver()
+    wait_until(lambda: sum(log.read_text().count('start') for log in logs()) == 4)
+    early.unlink()
+    wait_until(lambda: sum(log.read_text().count('BlockingIOError: ') for log in logs()) == 2)
+    (tmp_path / 'out/hold').unlink()
+    out, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, out + errors
+    assert set(states(tmp_path).values()) == {'finished'} and len(calls(tmp_path)) == 2
 
 
 def test_runs_whose_driver_was_killed_are_stopped_with_the_next_one(driver, tmp_path):

@@ -13,6 +13,7 @@ from configurator import ConfigError
 from data.tokenizer import Bytes
 from model import GPT, GPTConfig
 from runs import checkpoint
+from runs.models import load_model
 
 TEXT = 'Straße </script> & <b>"ё"</b>\nnot every word matters as much'
 
@@ -78,6 +79,15 @@ def test_views_of_other_attentions_are_what_the_last_token_pays(attention):
         rows = slice(h * hs, (h + 1) * hs)
         wanted = (q[-1, rows] @ k[:, rows].T / math.sqrt(hs)).softmax(-1)
         torch.testing.assert_close(views[0].weights()[h], wanted)
+        wanted = (q[6, rows] @ k[:7, rows].T / math.sqrt(hs)).softmax(-1)  # of token 6, to those up to it
+        torch.testing.assert_close(torch.tensor(views[0].readers[h][6]), wanted)
+
+
+def test_long_texts_keep_the_last_reader_alone(monkeypatch):
+    monkeypatch.setattr(explain, 'READERS', 19)
+    model = gpt()
+    assert explain.look(model, list(range(20)))[0].readers is None
+    assert [len(row) for row in explain.look(model, list(range(19)))[0].readers[3]] == list(range(1, 20))
 
 
 def test_the_last_token_pays_nothing_outside_its_window():
@@ -130,3 +140,46 @@ def test_what_cannot_be_shown_is_refused(flags, words, tmp_path):
     run = run_of(gpt(), tmp_path / 'run')
     with pytest.raises(ConfigError, match=words):
         explain.main([f'--out_dir={run}', *flags])
+
+
+def test_the_page_in_a_browser(browser, tmp_path):
+    """Any token can read, whatever the attention; heads say what their plan has them read."""
+    run = run_of(gpt(attention='reflex', head_split='2-2'), tmp_path / 'run')
+    assert explain.main([f'--out_dir={run}', '--text=one two']) == 0
+    page = browser.new_page()
+    problems = []
+    page.on('pageerror', lambda error: problems.append(str(error)))
+    page.goto((run / 'explain.html').as_uri())
+    (model, _), T = load_model(run), 8  # the begin of the text, and seven bytes
+    view = explain.look(model, [256, *b'one two'])[2]
+    titles_of = 'all => all.map(s => s.title.split(": ")[1])'
+    shown = [float(title) for title in page.locator('#text span').evaluate_all(titles_of)]
+    assert shown == pytest.approx(torch.tensor(view.heads).mean(0).tolist(), rel=1e-2)
+    assert 'how many layers before this one' in page.locator('#plan').inner_text()
+    options = page.locator('#head option').all_text_contents()
+    assert options == [
+        'mean of all',
+        '0: own layer',
+        '1: own layer',
+        '2: 1 layer before',
+        '3: 1 layer before',
+    ]
+    page.select_option('#head', '2')
+    page.locator('#text span').nth(3).click()
+    titles = page.locator('#text span').evaluate_all(titles_of)
+    assert titles[4:] == ['not read'] * (T - 4)
+    assert [float(t) for t in titles[:4]] == pytest.approx(view.readers[2][3], rel=1e-2)
+    page.locator('#all').click()
+    assert 'times what a plain mean would give it' in page.locator('#scale').inner_text()
+    page.select_option('#view', '0')
+    assert page.locator('#head').input_value() == '2', 'the head stays when the view changes'
+    # of a long text only the last token reads, and the page says so
+    assert explain.main([f'--out_dir={run}', '--text=one two']) == 0
+    text = (run / 'explain.html').read_text(encoding='utf-8')
+    short = re.sub(r'"readers": \[.*?\]\]\]', '"readers": null', text)
+    (run / 'explain.html').write_text(short, encoding='utf-8')
+    page.goto((run / 'explain.html').as_uri())
+    assert not page.locator('#all').is_visible()
+    assert 'of a text this long' in page.locator('#guide').inner_text()
+    assert problems == []
+    page.close()

@@ -1,15 +1,18 @@
 """What the README tells people to type is there and works as it says."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+import compare
 from configurator import configure
 from layers.plans import Head
 from layers.registry import ATTENTIONS, Kind
 from model import GPT, GPTConfig
 from runs.knobs import Knobs, model_config
+from runs.records import find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -47,3 +50,19 @@ def test_every_config_builds_and_says_how_to_launch_it(path, monkeypatch):
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r'\]\((?!http)([^)#]+)\)|src="(?!http)([^"]+)"', README):
         assert (ROOT / (target[0] or target[1])).exists(), target
+
+
+@pytest.mark.parametrize(
+    'path', sorted((ROOT / 'charts').glob('*/table.md')), ids=lambda path: path.parent.name
+)
+def test_a_kept_table_is_that_of_the_kept_runs(path, monkeypatch):
+    """Made again by the command that it names; the README has one of them between its markers."""
+    monkeypatch.chdir(ROOT)
+    kept, name = path.read_text(encoding='utf-8'), path.parent.name
+    (command,) = re.findall(r'- made by `(python compare.py (.*))`', kept)
+    k, _, paths = configure(compare.Knobs, shlex.split(command[1]), words='[NAME=]PATH …')
+    chosen = k.arms.split(',') if k.arms else None
+    c = compare.Comparison(find_runs(paths), k.baseline or None, chosen)
+    assert compare.markdown(c, name, command[0]) == kept
+    if k.insert:
+        assert f'<!-- {name} -->\n{kept}<!-- /{name} -->' in (ROOT / k.insert).read_text(encoding='utf-8')
