@@ -40,6 +40,7 @@ if __name__ == '__main__':
 import torch
 
 from data.tokenizer import from_spec
+from runs.knobs import check_seed, check_threads
 from runs.models import load_model
 from runs.system import autocast_for, pick_device, pick_dtype
 from runs.text import document_start, read_prompt, stream_text
@@ -55,6 +56,8 @@ def read_stops(stop: str, tokenizer) -> tuple[int | None, list[str]]:
 
 def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
+    check_seed(k)
+    check_threads(k)
     positive = {'num_samples': 1, 'max_new_tokens': 1}
     for name, least in (positive | dict.fromkeys(('temperature', 'top_k', 'lookup'), 0)).items():
         if getattr(k, name) < least:

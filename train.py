@@ -32,7 +32,7 @@ from runs import checkpoint, metrics, pretrained
 from runs.console import Progress, say
 from runs.datasets import data_folder, prepare_stdlib
 from runs.diagnostics import SpikeWatch, finite, stand_out
-from runs.models import build
+from runs.models import build, refuse_too_large
 from runs.optimizer import make_optimizer
 from runs.ranks import (
     Ranks,
@@ -45,7 +45,7 @@ from runs.ranks import (
     run_rank,
 )
 from runs.resume import refuse_other_run, restore, snapshot
-from runs.schedule import learning_rate_at
+from runs.schedule import doubts, learning_rate_at
 from runs.start import claimed, pretrained_knobs, read_knobs
 from runs.step import TrainingStep, evaluate, share_of
 from runs.system import set_up
@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
     out_dir, group = Path(k.out_dir), ranks()
     device, dtype = set_up(k, group.local_rank)
     share_of(k, group)
+    for doubt in doubts(k):
+        say(f'warning: {doubt}')
     stop = StopRequest(group.torchrun, give_up_seconds=k.dist_timeout)
 
     with claimed(out_dir, there, group):
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
         with main_rank_first(group, k, device):
             state, source = None, None
             if resume:
-                state = checkpoint.load_folder(out_dir)
+                state = checkpoint.load_folder(out_dir, resume=True)
             elif k.init_from not in STARTS:
                 source = pretrained.read(k.init_from)
                 k = pretrained_knobs(k, given, source.config)
@@ -76,6 +78,7 @@ def main(argv: list[str]) -> int:
             data = open_data(folder, k.block_size, k.vocab_size or None, verify=group.main)
             vocab_size = -(-data.vocab_size // 64) * 64  # a multiple of 64 is faster; padding is never drawn
             config = model_config(k, vocab_size, data.vocab_size)
+            refuse_too_large(k, config, device)
             if state is not None and group.main:
                 refuse_other_run(state, data, k, config)
         if group.ddp:
@@ -94,15 +97,17 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
         say(pretrained.begin_with(model, source, data))
     optimizer = make_optimizer(model, k, device.split(':')[0])
     step = TrainingStep(k, group, model, optimizer, data.splits['train'], device, dtype)
-    it, evaluated, best_val_loss, seconds = 0, False, math.inf, 0.0
+    it, evaluated, best_val_loss, seconds, events = 0, False, math.inf, 0.0, []
     watches = {name: SpikeWatch() for name in ('loss', 'grad_norm')}
 
     # 4. Go on from the checkpoint, if there is one.
     out_dir, resumed = Path(k.out_dir), state is not None
     if resumed:
-        it, evaluated, best_val_loss, seconds = restore(state, step, watches)
+        it, evaluated, best_val_loss, seconds, events = restore(state, step, data, watches)
     run = metrics.describe_run(k, argv, model, data, device, dtype, group.world)
     record = metrics.Record(group.main and not k.eval_only, k, run, resume_iter=it if resumed else None)
+    for event in events:
+        record.event(event)
     saver = checkpoint.Saver(out_dir, before=record.sync)
     speed = metrics.Speed(run, device, it, seconds)
     last_save, last_save_time = it if resumed else None, time.monotonic()
@@ -132,6 +137,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
     if not k.eval_only:
         step.begin(it)
     progress = Progress(k.max_iters, it, on=group.main)
+    warmup = k.warmup_iters if k.decay_lr else 0  # during which nothing is usual yet
     status = 'failed'
     stop.catch_signals()
     try:
@@ -172,7 +178,8 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
             seconds += time.perf_counter() - started
             progress.step()
 
-            for name, value, usual in stand_out(watches, loss=loss, grad_norm=grad_norm):
+            unusual = stand_out(watches, loss=loss, grad_norm=grad_norm)
+            for name, value, usual in unusual if it > warmup else ():
                 say(f'warning: iter {it}: {name} {value:.4g} stands out, {usual:.4g} is usual')
                 record.event({'iter': it, 'event': 'spike', 'what': name, 'value': value, 'usual': usual})
             if it == 1 or it % k.log_interval == 0:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import ConfigError
+from data.tokendata import eval_starts
 from model import GPTConfig
+from runs.checkpoint import LAST, CheckpointError
 from runs.console import say
 from runs.diagnostics import SpikeWatch
 from runs.knobs import Knobs, saved_knobs
 from runs.metrics import RUN
-from runs.models import kind_of
+from runs.models import kind_of, load_weights
+from runs.optimizer import load_state
+from runs.schedule import learning_rate_at
 from runs.step import TrainingStep
 
 
@@ -35,20 +40,44 @@ def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, wa
     }
 
 
-def restore(state: dict, step: TrainingStep, watches: dict) -> tuple[int, bool, float, float]:
-    """Put a checkpoint's state in place -> it, evaluated, best_val_loss, seconds. Empties state, which main
-    still holds: its copy of the weights is not needed any more."""
-    step.model.load_state_dict(state['model'])
-    groups = step.optimizer.state_dict()['param_groups']  # of the knobs as they are now
-    step.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
-    if state['scaler']:  # the run may have come from a device that needs none
-        step.scaler.load_state_dict(state['scaler'])
-    for name in watches:
-        watches[name] = SpikeWatch(**state['watches'][name])
-    evaluated = state['evaluated'] and not step.k.eval_only
-    found = state['iter'], evaluated, state['best_val_loss'], state['seconds']
+def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, bool, float, float, list]:
+    """Put a checkpoint's state in place -> it, evaluated, best_val_loss, seconds, and events to record.
+
+    Empties state, which main still holds: its copy of the weights is not needed any more. CheckpointError
+    where it does not fit the model.
+    """
+    k, path = step.k, Path(step.k.out_dir) / LAST
+    load_weights(step.model, state['model'], path)
+    try:
+        load_state(step.optimizer, state['optimizer'])
+        if state['scaler']:  # the run may have come from a device that needs none
+            step.scaler.load_state_dict(state['scaler'])
+        for name in watches:
+            watches[name] = SpikeWatch(**state['watches'][name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise CheckpointError(f'{path} is whole, but a training cannot go on from it: {reason}') from None
+    it, best_val_loss, seconds = state['iter'], state['best_val_loss'], state['seconds']
+    evaluated = state['evaluated'] and not k.eval_only
+    then, events = saved_knobs(state['config'], path), []
+    before, planned, now = (learning_rate_at(*a) for a in ((it - 1, then), (it, then), (it, k)))
+    if it > 0 and now != planned:
+        say(f'resume: the learning rate is {now:.3g} from here on; the last step had {before:.3g}')
+    windows, windows_before = (n_windows(data, knobs) for knobs in (k, then))
+    if windows != windows_before and (it < k.max_iters or not evaluated):
+        best_val_loss = math.inf
+        events = [{'iter': it, 'event': 'eval_changed', 'windows': windows, 'windows_before': windows_before}]
+        say(
+            f'resume: the loss is now measured on {windows:,} windows of val, before on {windows_before:,}: '
+            'the two do not compare, so best.pt and the best loss start anew'
+        )
     state.clear()
-    return found
+    return it, evaluated, best_val_loss, seconds, events
+
+
+def n_windows(data, k: Knobs) -> int:
+    """Windows of val in an evaluation; as many are always the same ones."""
+    return len(eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)[0])
 
 
 def resume_knobs(k: Knobs, given: dict) -> Knobs:
@@ -74,10 +103,15 @@ def resume_knobs(k: Knobs, given: dict) -> Knobs:
 
 
 def refuse_other_run(state: dict, data, k: Knobs, config: GPTConfig):
-    """A checkpoint goes on only with the tokens, the tokenizer, the architecture and the optimizer it had."""
+    """A checkpoint goes on with the tokens, the tokenizer, the architecture and the optimizer that it had."""
+    if state['iter'] > k.max_iters:
+        raise ConfigError(
+            f'max_iters={k.max_iters}, but the checkpoint in {k.out_dir} is of iteration {state["iter"]}: '
+            'give at least as many, or start another run in another --out_dir'
+        )
     tokenizer = data.tokenizer_spec and data.tokenizer_spec['fingerprint']
     found = {'data set': data.fingerprint, 'tokenizer': tokenizer}
-    wanted = state['data_fingerprint'], state['tokenizer'] and state['tokenizer']['fingerprint']
+    wanted = state['data_fingerprint'], state['tokenizer'] and state['tokenizer'].get('fingerprint')
     for (what, now), then in zip(found.items(), wanted, strict=True):
         if now != then:
             raise ConfigError(

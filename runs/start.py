@@ -11,7 +11,7 @@ from typing import NamedTuple
 from configurator import ConfigError, configure
 from model import GPTConfig
 from runs import checkpoint, metrics
-from runs.knobs import STARTS, Knobs, check, check_model
+from runs.knobs import STARTS, Knobs, check, check_model, check_paths
 from runs.ranks import Ranks
 from runs.resume import resume_knobs
 
@@ -34,6 +34,7 @@ def read_knobs(argv: list[str], doc: str) -> Start:
     if not k.out_dir:
         names = [f.stem for f in files] or ['default']
         k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
+    check_paths(out_dir=k.out_dir)
     out_dir = Path(k.out_dir)
     there = run_files(out_dir)
     saved = any(name.endswith('.pt') for name in there)
@@ -72,7 +73,7 @@ def describe_run(out_dir: Path) -> str:
         last = metrics.read_jsonl(out_dir / metrics.METRICS)[-1]['iter']
         kind = 'a finished' if run['status'] == 'finished' else 'an unfinished'
         return f'{kind} run ({last} of {run["config"]["max_iters"]} iterations)'
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return 'a run'
 
 

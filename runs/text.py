@@ -48,7 +48,7 @@ def read_prompt(start: str) -> str:
         return start
     path = Path(start[len('FILE:') :])
     try:
-        return path.read_text(encoding='utf-8')
+        return path.read_text(encoding='utf-8-sig')  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f'start={start!r}: {path} cannot be read as UTF-8 text ({e})') from None
 
