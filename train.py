@@ -27,10 +27,10 @@ if __name__ == '__main__':
 
 import torch.distributed as dist
 
-from data.tokendata import open_data
+from data.tokendata import DataError, open_data
 from runs import checkpoint, metrics, pretrained
 from runs.console import Progress, say
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import changed, data_folder, prepare_stdlib, stamps
 from runs.diagnostics import SpikeWatch, finite, stand_out
 from runs.models import build, refuse_too_large
 from runs.optimizer import make_optimizer
@@ -110,7 +110,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
         record.event(event)
     saver = checkpoint.Saver(out_dir, before=record.sync)
     speed = metrics.Speed(run, device, it, seconds)
-    last_save, last_save_time = it if resumed else None, time.monotonic()
+    opened, last_save, last_save_time = stamps(data), it if resumed else None, time.monotonic()
     say(
         f'{out_dir}: {model.summary()}; {run["tokens_per_step"]:,} tokens per step; {device} {dtype}, '
         f'{group.world} rank{"s" * (group.world > 1)}{f"; from iteration {it}" if resumed else ""}'
@@ -120,18 +120,25 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
 
     def save(best: bool = False):
         nonlocal last_save, last_save_time
+        refuse_other_tokens()
         if not finite(model):
-            raise TrainingError(
-                f'iteration {it}: the last update made weights inf or nan; they were not saved. {go_back()}'
-            )
+            what = 'the last update made weights inf or nan; they were not saved'
+            raise TrainingError(f'iteration {it}: {what}. {go_back()}')
         if group.main:
             saver.save(snapshot(step, data, it, evaluated, best_val_loss, seconds, watches), best)
         last_save, last_save_time = it, time.monotonic()
 
+    def refuse_other_tokens():
+        if what := changed(data, opened):
+            fix = 'put the file back and go on with --init_from=resume, or start another run'
+            raise DataError(f'{what}: the steps since the last save may be of other tokens. {last()}; {fix}')
+
+    def last() -> str:
+        path = out_dir / checkpoint.LAST
+        return 'Nothing was saved yet' if last_save is None else f'{path} is of iteration {last_save}'
+
     def go_back() -> str:
-        last = f'{out_dir / checkpoint.LAST} is of iteration {last_save}'
-        last = 'Nothing was saved yet' if last_save is None else last
-        return f'{last}; a lower learning_rate or a longer warm-up is the usual fix'
+        return f'{last()}; a lower learning_rate or a longer warm-up is the usual fix'
 
     # 5. The loop: evaluate, save, step, log.
     if not k.eval_only:
@@ -189,6 +196,9 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
                 progress.show(values, seconds)
         saver.wait()
         status = 'finished' if done and evaluated else 'stopped'
+    except Exception:
+        refuse_other_tokens()  # then that is the reason, whatever it led to
+        raise
     finally:
         # 6. The end: the record is closed whatever happened. A failure has its own message, and what goes
         # wrong here after it is no news.

@@ -27,6 +27,25 @@ def prepare_stdlib(folder: Path):
             raise DataError(f'{folder} could not be prepared (reason above): fix that, and start again')
 
 
+def stamps(data) -> dict[Path, tuple]:
+    """What the file system says of the files of an open data set: another stamp is another content."""
+    found = {}
+    for split in data.splits:
+        path = data.folder / f'{split}.bin'
+        try:
+            s = path.stat()
+            found[path] = s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
+        except OSError as e:
+            found[path] = (e.errno,)
+    return found
+
+
+def changed(data, then: dict[Path, tuple]) -> str:
+    """'' if the files are what they were when their stamps were `then`, or else which one is not."""
+    now = stamps(data)
+    return next((f'{path} was changed while it was read' for path in now if now[path] != then[path]), '')
+
+
 def bytes_per_token(data) -> dict[str, float]:
     """Bytes of text per token of each split: nats per token / (bytes per token * ln 2) is bits per byte."""
     splits = data.meta.get('splits', {})

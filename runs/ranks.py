@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -134,6 +135,7 @@ def run_rank(main, argv: list[str]):
 
     As configurator.run_program, but the process ends at once, and what all ranks raise alike is said once.
     """
+    faulthandler.enable()  # a fault of memory leaves a trace: token files that are cut short raise SIGBUS
     rank = os.environ.get('RANK', '0')
     try:
         leave(main(argv))

@@ -1047,6 +1047,37 @@ def test_bf16_on_a_processor_without_it_is_told(tmp_path, data, monkeypatch, cap
     assert capsys.readouterr().err == ''
 
 
+@pytest.mark.parametrize('ids', ['of the vocabulary', 'beyond it'])
+def test_data_that_are_overwritten_end_the_run_and_nothing_is_saved_of_them(tmp_path, straight, ids):
+    """In place, so that the run reads the new tokens: no checkpoint may say that it is of the old ones."""
+    tokens = write_tokens(tmp_path / 'tokens')
+    before = (tokens / 'train.bin').read_bytes()
+
+    def overwrite():
+        (tokens / 'train.bin').write_bytes(bytes(len(before)) if ids == 'of the vocabulary' else before[::-1])
+
+    with happening(7, overwrite), pytest.raises(DataError) as error:
+        start(tmp_path / 'run', tokens)
+    line = str(error.value)
+    assert line.startswith(f'{tokens / "train.bin"} was changed while it was read: ') and '\n' not in line
+    assert f'{tmp_path / "run" / LAST} is of iteration 5; put the file back' in line
+    assert status(tmp_path / 'run') == 'failed' and checkpoint.load(tmp_path / 'run' / LAST)['iter'] == 5
+    (tokens / 'train.bin').write_bytes(before)
+    resume(tmp_path / 'run')
+    assert_same_run(straight, tmp_path / 'run')
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGBUS'), reason='needs POSIX')
+def test_data_that_are_cut_short_leave_a_trace(tmp_path):
+    tokens = write_tokens(tmp_path / 'tokens')
+    argv = flags(tmp_path / 'run', dataset=tokens, **tiny.TINY)
+    fault = partial(tiny.at_step_after_saves, 7, partial(os.truncate, tokens / 'train.bin', 0))
+    program = tiny.Program(argv, tmp_path / 'log', fault=fault)
+    assert program.end() == -signal.SIGBUS
+    assert 'Fatal Python error: Bus error' in program.text() and 'get_batch' in program.text()
+    assert checkpoint.load(tmp_path / 'run' / LAST)['iter'] == 5
+
+
 def test_a_missing_data_set_is_refused_first_with_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'build', None)
     with pytest.raises(DataError, match='does not exist: make it with'):
