@@ -87,7 +87,7 @@ def load_model(out_dir: str | Path, which: str = '', device: str = 'cpu') -> tup
     """
     check_paths(out_dir=str(out_dir), checkpoint=which)
     out_dir, which = Path(out_dir), which or (BEST if (Path(out_dir) / BEST).exists() else LAST)
-    if Path(which).parent != Path() and Path(which).is_file():
+    if Path(which).parent != Path():
         path = Path(which)
         state = load(path)
     else:
