@@ -29,7 +29,7 @@ class Knobs:
     # model
     out_dir: str = 'out/quickstart'  # the folder of a run
     checkpoint: str = ''  # best.pt | last.pt | previous.pt; '' = best.pt if there is one, else last.pt
-    init_from: str = ''  # in place of a run: GPT-2-shaped weights; gpt2, owner/name or a folder
+    init_from: str = ''  # in place of a run: GPT-2-shaped or exported weights; gpt2, owner/name or a folder
     # what to predict
     dataset: str = ''  # a folder of data/, or any path; '' = what the run was trained on
     split: str = 'val'  # of the data set: train | val | test
@@ -61,7 +61,6 @@ from tqdm import tqdm
 from data.sources import CorpusError, TextFile, named
 from data.tokendata import eval_batch, open_data
 from data.tokenizer import from_spec
-from data.tokenizer import load as load_tokenizer
 from layers.loss import linear_cross_entropy
 from model import GPT
 from runs import pretrained
@@ -79,8 +78,9 @@ def load(k: Knobs, device: str):
         found = pretrained.read(k.init_from)
         model = GPT(found.config, seed=0)
         pretrained.copy_weights(model, found)
-        tokenizer = load_tokenizer(str(found.folder))
-        return model.to(device).eval(), tokenizer, document_start({'begin': tokenizer.bos}, tokenizer), ''
+        tokenizer = pretrained.tokenizer_of(found)
+        begin = tokenizer.bos if found.begin is None else found.begin
+        return model.to(device).eval(), tokenizer, document_start({'begin': begin}, tokenizer), ''
     model, state = load_model(k.out_dir, k.checkpoint, device)
     tokenizer = from_spec(state['tokenizer']) if state['tokenizer'] else None
     begin = document_start(state, tokenizer) if tokenizer else []

@@ -33,9 +33,7 @@ class Knobs:
     log_interval: int = 10  # iterations between lines of metrics.jsonl
     sample_tokens: int = 0  # tokens of text to print when the training is done
     # start
-    init_from: str = (
-        'scratch'  # scratch | resume | auto (resume if there is a run) | gpt2, owner/name, a folder
-    )
+    init_from: str = 'scratch'  # scratch | resume | auto (resume if there is a run) | weights: a run, gpt2, …
     checkpoint_interval: int = 0  # iterations between saves; 0 = save at every evaluation
     checkpoint_minutes: float = 0.0  # save also when this many minutes have passed; 0 = off
     seed: int = 1337  # of the initial weights, the batches and the dropout, each with its own generator

@@ -125,5 +125,6 @@ def refuse_other_run(state: dict, data, k: Knobs, config: GPTConfig):
         if now != then and name != 'dropout':
             raise ConfigError(
                 f'{name}={now!r}, but the checkpoint in {k.out_dir} was trained with {name}={then!r}: '
-                'take that, or start another run in another --out_dir'
+                'take that, or start another run in another --out_dir, maybe from these weights '
+                f'(--init_from={k.out_dir})'
             )
