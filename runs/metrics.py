@@ -166,8 +166,9 @@ class Metrics:
 class Wandb:
     """wandb, where it is wanted and works. Whatever it raises is told once; training goes on."""
 
-    def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict):
-        self.run = None
+    def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict, run_id=None):
+        """run_id: by which wandb knows the run that this one goes on with; None for a new one."""
+        self.run, self.run_id = None, run_id
         if not on:
             return
         try:
@@ -175,8 +176,15 @@ class Wandb:
 
             os.environ.setdefault('WANDB_SILENT', 'true')
             self.run = wandb.init(
-                project=project, name=name, group=group or None, dir=str(out_dir), config=config
+                project=project,
+                name=name,
+                group=group or None,
+                dir=str(out_dir),
+                config=config,
+                id=run_id,
+                resume='allow',
             )
+            self.run_id = self.run.id
             self.run.define_metric('iter')
             self.run.define_metric('*', step_metric='iter')
         except Exception as e:
@@ -198,7 +206,8 @@ class Wandb:
         )
 
     def log(self, record: dict):
-        self._call(lambda run: run.log(record))
+        # the step is ours: a run that is resumed offline would count from 0 again
+        self._call(lambda run: run.log(record, step=record['iter']))
 
     def summary(self, record: dict):
         self._call(lambda run: run.summary.update(record))
@@ -247,6 +256,15 @@ def describe_run(k, argv, model, data, device: str, dtype: str, world: int) -> d
     }
 
 
+def wandb_id(out_dir: Path) -> str | None:
+    """By which id wandb knows the run in the folder; None where its run.json does not say one."""
+    try:
+        found = json.loads((out_dir / RUN).read_text(encoding='utf-8')).get('wandb_id')
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 class Speed:
     """Tokens per second, and the share of the device's peak FLOP/s, since it was read last."""
 
@@ -277,9 +295,12 @@ class Record:
             for name in RUN_FILES if resume_iter is None else ():
                 (out_dir / name).unlink(missing_ok=True)
             remove_stale(out_dir)
+            run_id = None if resume_iter is None else wandb_id(out_dir)
             self.metrics = Metrics(out_dir, run, resume_iter)
             name = k.wandb_run_name or out_dir.name
-            self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)
+            self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run, run_id)
+            if self.wandb.run_id:
+                self.metrics.update(wandb_id=self.wandb.run_id)
 
     def log(self, values: dict, seconds: float):
         """A line of metrics, everywhere. values: 'iter' and more; seconds: of training so far."""

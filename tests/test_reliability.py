@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 from dataclasses import asdict
 from functools import partial
@@ -912,12 +913,14 @@ def test_nothing_is_told_during_the_warm_up(tmp_path, data, monkeypatch):
 class FakeWandb:
     """Stands in for the module: raises in the call named `broken`, or hangs in finish."""
 
-    def __init__(self, broken):
-        self.broken, self.calls, self.summary = broken, [], self
+    def __init__(self, broken, run_id='abc'):
+        self.broken, self.calls, self.summary, self.id = broken, [], self, run_id
+        self.arguments = []  # of the calls
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
             self.calls.append(name)
+            self.arguments.append((args, kwargs))
             if name == self.broken:
                 raise ConnectionError(f'{name}: no route to host\nsecond line')
             return self
@@ -928,7 +931,7 @@ class FakeWandb:
 @pytest.mark.parametrize('broken', ['init', 'define_metric', 'log', 'update', 'finish', None])
 def test_wandb_that_fails_is_a_warning(tmp_path, data, straight, broken, monkeypatch, capsys):
     fake = FakeWandb(broken)
-    monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
     assert start(tmp_path, data, wandb_log=True) == 0
     assert_same_run(straight, tmp_path)
     warnings = [line for line in capsys.readouterr().out.splitlines() if 'warning' in line]
@@ -941,11 +944,51 @@ def test_wandb_that_fails_is_a_warning(tmp_path, data, straight, broken, monkeyp
         ]
 
 
+def test_a_preempted_run_is_one_run_to_wandb(tmp_path, data, monkeypatch):
+    """By its id, which run.json keeps, and with steps that are ours: offline, its own begin at 0 again. Also
+    where a part of the run went without it."""
+    first, second = FakeWandb(None), FakeWandb(None, run_id='a new one, were it asked for one')
+
+    def begin(fake):
+        monkeypatch.setitem(sys.modules, 'wandb', fake)
+        monkeypatch.setattr(fake, 'init', lambda **given: fake.arguments.append(given) or fake, raising=False)
+
+    begin(first)
+    with happening(6, partial(kill_me, signal.SIGTERM)):
+        start(tmp_path, data, wandb_log=True)
+    with happening(8, partial(kill_me, signal.SIGTERM)):
+        resume(tmp_path, wandb_log=False)
+    begin(second)
+    second.id = 'abc'  # as wandb has it: the id that was asked for
+    resume(tmp_path, wandb_log=True)
+    inits = [given for fake in (first, second) for given in fake.arguments if isinstance(given, dict)]
+    assert [given['id'] for given in inits] == [None, 'abc'] and inits[1]['resume'] == 'allow'
+    assert json.loads((tmp_path / metrics.RUN).read_text(encoding='utf-8'))['wandb_id'] == 'abc'
+    logged = [given for given in (*first.arguments, *second.arguments) if isinstance(given, tuple)]
+    steps = [(args[0]['iter'], kwargs['step']) for args, kwargs in logged if 'step' in kwargs]
+    assert all(it == step for it, step in steps)
+    assert [step for _, step in steps] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 10, 10, 11, 12, 12]
+    begin(first)
+    start(tmp_path, data, wandb_log=True, overwrite=True)  # another run
+    assert [given['id'] for given in first.arguments if isinstance(given, dict)] == [None, None]
+
+
+def test_wandb_itself_knows_a_resumed_run_by_its_id(tmp_path, data, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    with happening(6, partial(kill_me, signal.SIGTERM)):
+        start(tmp_path, data, wandb_log=True)
+    resume(tmp_path)
+    run_id = json.loads((tmp_path / metrics.RUN).read_text(encoding='utf-8'))['wandb_id']
+    names = [path.name for path in (tmp_path / 'wandb').glob('offline-run-*')]
+    assert len(names) == 2 and all(name.endswith(f'-{run_id}') for name in names)
+
+
 def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch, capsys):
     never = threading.Event()
     fake = FakeWandb(None)
     fake.finish = lambda exit_code: never.wait(60)
-    monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
     monkeypatch.setattr(metrics, 'WANDB_SECONDS', 0.01)
     assert start(tmp_path, data, wandb_log=True) == 0
     never.set()
