@@ -1,4 +1,4 @@
-# A small reflex GPT on the Python standard library's own sources: 1 to 3 minutes on two CPU cores, no network.
+# A small reflex GPT on the Python standard library's own sources: 1 to 3 minutes on two CPU cores, offline.
 # python train.py config/quickstart.py
 dataset = 'stdlib'
 attention = 'reflex'

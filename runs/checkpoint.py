@@ -85,7 +85,7 @@ def save(state: dict, out_dir: str | Path, best: bool = False):
             _temporary(out_dir / name).unlink(missing_ok=True)
         fix = 'the checkpoint before it is whole: make room and go on with --init_from=resume'
         if not out_dir.is_dir():
-            fix = 'where it is now, the last checkpoint is whole: go on from there with --init_from=resume'
+            fix = 'if it was moved, go on where it is now with --init_from=resume'
         raise CheckpointError(f'{write_failed(out_dir / LAST, e)}; {fix}') from e
 
 

@@ -505,8 +505,8 @@ def test_a_folder_that_is_moved_away_is_one_line_and_goes_on_where_it_is(tmp_pat
     with happening(7, lambda: out.rename(moved)), pytest.raises(CheckpointError) as error:
         start(out, data)
     assert str(error.value) == (
-        f'{out / LAST} could not be written: its folder is gone; where it is now, the last checkpoint is '
-        'whole: go on from there with --init_from=resume'
+        f'{out / LAST} could not be written: its folder is gone; if it was moved, go on where it is now with '
+        '--init_from=resume'
     )
     resume(moved)
     assert_same_run(straight, moved)
