@@ -256,6 +256,20 @@ def describe_run(k, argv, model, data, device: str, dtype: str, world: int) -> d
     }
 
 
+def headline(run: dict, model, resume_iter: int | None, done: bool) -> str:
+    """What a run says first. run: see describe_run; done: whether it has no step left to make."""
+    k, device = run['config'], run['device']
+    said = (
+        f'{k["out_dir"]}: {model.summary()}; {run["tokens_per_step"]:,} tokens per step; {device["type"]} '
+        f'{device["dtype"]}, {device["ranks"]} rank{"s" * (device["ranks"] > 1)}'
+    )
+    if resume_iter is not None:
+        said += f'; from iteration {resume_iter}'
+    if done:
+        said += f'\nall {k["max_iters"]} iterations of this run are done: a higher --max_iters goes on'
+    return said
+
+
 def wandb_id(out_dir: Path) -> str | None:
     """By which id wandb knows the run in the folder; None where its run.json does not say one."""
     try:
@@ -286,9 +300,9 @@ class Record:
     """The record of a run in all its places: metrics.jsonl, run.json and wandb. Where `on` is false (on other
     ranks than the first, or where a run is only evaluated) nothing is written."""
 
-    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None):
+    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None, events: list = ()):
         """run: see describe_run; resume_iter: of the checkpoint that the run goes on from, or None: then what
-        the folder holds is deleted."""
+        the folder holds is deleted; events: to record at once."""
         self.on = on
         if on:
             out_dir = Path(k.out_dir)
@@ -301,6 +315,9 @@ class Record:
             self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run, run_id)
             if self.wandb.run_id:
                 self.metrics.update(wandb_id=self.wandb.run_id)
+
+            for event in events:
+                self.event(event)
 
     def log(self, values: dict, seconds: float):
         """A line of metrics, everywhere. values: 'iter' and more; seconds: of training so far."""

@@ -1,22 +1,25 @@
-"""What a checkpoint holds, and how a run goes on from it."""
+"""What a checkpoint holds, when it is made, and how a run goes on from it."""
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import ConfigError
-from data.tokendata import eval_starts
+from data.tokendata import DataError, eval_starts
 from model import GPTConfig
-from runs.checkpoint import LAST, CheckpointError
+from runs.checkpoint import LAST, CheckpointError, Saver
 from runs.console import say
-from runs.diagnostics import SpikeWatch
+from runs.datasets import changed, stamps
+from runs.diagnostics import SpikeWatch, finite
 from runs.knobs import Knobs, saved_knobs
 from runs.metrics import RUN
 from runs.models import kind_of, load_weights
 from runs.optimizer import load_state
+from runs.ranks import TrainingError
 from runs.schedule import learning_rate_at
 from runs.step import TrainingStep
 
@@ -38,6 +41,55 @@ def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, wa
         'begin': data.meta.get('begin'),
         'data_fingerprint': data.fingerprint,
     }
+
+
+class Keeper:
+    """Saves a training when it is time to, and only where it is sound: finite weights, which have seen the
+    tokens that the run began with."""
+
+    def __init__(self, step: TrainingStep, data, saver: Saver, last: int | None):
+        """last: the iteration of the checkpoint that the run goes on from, or None."""
+        self.step, self.data, self.saver, self.last = step, data, saver, last
+        self.opened, self.time = stamps(data), time.monotonic()
+
+    def due(self, it: int, fresh: bool, end: bool) -> bool:
+        """Whether to save after `it` steps. fresh: they were evaluated just now; end: the run ends here, or a
+        part of it does."""
+        k = self.step.k
+        if k.eval_only:
+            return False  # an evaluation leaves the run as it is
+        if fresh and (it > 0 or end):
+            return True
+        interval = it and k.checkpoint_interval and it % k.checkpoint_interval == 0
+        minutes = k.checkpoint_minutes and time.monotonic() - self.time > 60 * k.checkpoint_minutes
+        return bool(interval or minutes or end) and it != self.last
+
+    def save(self, it: int, evaluated: bool, best_val_loss: float, seconds: float, watches: dict, best: bool):
+        """best: the validation loss is the lowest so far."""
+        self.refuse_other_tokens()
+        if not finite(self.step.model):
+            what = 'the last update made weights inf or nan; they were not saved'
+            raise TrainingError(f'iteration {it}: {what}. {self.go_back()}')
+        if self.step.group.main:
+            self.saver.save(
+                snapshot(self.step, self.data, it, evaluated, best_val_loss, seconds, watches), best
+            )
+        self.last, self.time = it, time.monotonic()
+
+    def refuse_other_tokens(self):
+        if what := changed(self.data, self.opened):
+            raise DataError(
+                f'{what}: the steps since the last save may be of other tokens. {self._where()}; put the '
+                'file back and go on with --init_from=resume, or start another run'
+            )
+
+    def go_back(self) -> str:
+        """What to do after a failure of the training itself."""
+        return f'{self._where()}; a lower learning_rate or a longer warm-up is the usual fix'
+
+    def _where(self) -> str:
+        path = Path(self.step.k.out_dir) / LAST
+        return 'Nothing was saved yet' if self.last is None else f'{path} is of iteration {self.last}'
 
 
 def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, bool, float, float, list]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import kill_runs
+import runs.start
 import runs.step
 import sample
 import tiny
@@ -1028,7 +1029,7 @@ def test_what_cannot_work_is_refused_before_anything_is_built(tmp_path, data, kn
     if knobs.get('device') == 'cuda' and torch.cuda.is_available():
         pytest.skip('CUDA is here')
     monkeypatch.setattr(train, 'build', None)
-    monkeypatch.setattr(train, 'open_data', None)
+    monkeypatch.setattr(runs.start, 'open_data', None)
     with pytest.raises(ConfigError) as error:
         start(**{'out_dir': tmp_path / 'run', 'data': data, **knobs})
     assert line in str(error.value) and '\n' not in str(error.value)
