@@ -44,12 +44,7 @@ MUTANTS = [
     # the loop
     Mutant('train.py', '% k.eval_interval == 0 or done)', '% k.eval_interval == 0)', RUNS),
     Mutant('train.py', 'min(best_val_loss, losses[', 'max(0.0, losses[', RUNS),
-    Mutant(
-        'train.py',
-        "best, evaluated = losses['val'] < best_val_loss, True",
-        'best, evaluated = True, True',
-        RUNS,
-    ),
+    Mutant('train.py', "losses['val'] < best_val_loss", 'True', RUNS),
     Mutant('train.py', 'or saver.error is not None', '', RUNS),
     Mutant('train.py', 'lr = learning_rate_at(it, k)', 'lr = learning_rate_at(it + 1, k)', RUNS),
     Mutant('train.py', 'step.update(lr)', 'step.update(k.learning_rate)', RUNS),
