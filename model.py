@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from generation import stream_tokens
-from layers.contract import PADDING, Attention, Counted, Memory
+from layers.contract import PADDING, Attention, Counted, Memory, Watch
 from layers.heads import HeadLinear
 from layers.loss import linear_cross_entropy, soft_capped
 from layers.mlps import MLPS
@@ -215,6 +215,10 @@ class LanguageModel(nn.Module):
         weight, softcap = self.lm_head.weight, self.config.softcap
         return linear_cross_entropy(hidden, weight, targets, ignore_index=-1, softcap=softcap)
 
+    def step(self, part: nn.Module, *args):
+        """part(*args), for every part of the model in turn; a subclass may compute it in another way."""
+        return part(*args)
+
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, without position embeddings by default (nanoGPT's count: a tied wte is also
         lm_head)."""
@@ -234,7 +238,7 @@ class LanguageModel(nn.Module):
 
     def cache_type(self) -> tuple:
         """(device, dtype) of keys and values in generation."""
-        weight = self.lm_head.weight
+        weight = self.transformer.wte.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         return weight.device, torch.get_autocast_dtype(kind) if autocast else weight.dtype
@@ -297,31 +301,40 @@ class GPT(LanguageModel):
         named = {'tokens': t.wte, 'positions': t.wpe, 'blocks': t.h, 'final norm': t.ln_f}
         return {name: count(module) for name, module in named.items()}
 
-    def hidden(self, idx, cache: Cache | None = None, pos=None, real=None):
+    def hidden(
+        self, idx, cache: Cache | None = None, pos=None, real=None, embedded=None, watch: Watch | None = None
+    ):
         """Token ids (B, T) -> final normalised residual stream (B, T, n_embd).
 
         With a cache, idx follows the tokens that it holds, and the cache is advanced by T. For batches of
         padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
         which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
+        embedded (B, T, n_embd): what to take for the embedding of idx, which may be None where no layer reads
+        tokens. watch: what to keep of the pass.
         """
-        _, T = idx.shape
+        _, T = idx.shape if embedded is None else embedded.shape[:2]
         start = cache.length if cache is not None else 0
         if start + T > self.context_limit:
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
         if pos is None:
-            pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
+            device = (idx if embedded is None else embedded).device
+            pos = torch.arange(start, start + T, device=device)[None]  # (1, T)
         t = self.transformer
-        embedded = t.wte(idx)  # (B, T, n_embd)
+        if embedded is None:
+            embedded = t.wte(idx)  # (B, T, n_embd)
         x, rotate = t.wpe(embedded, pos)
         x = t.drop(x)
-        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded)
+        weights = None if watch is None else watch.weights
+        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded, weights=weights)
         x0 = F.rms_norm(embedded, embedded.shape[-1:]) if self.config.x0_skip else None
         for i, block in enumerate(t.h):
             if x0 is not None:
                 x = t.of_stream[i] * x + t.of_token[i] * x0
-            x = block(x, memory, cache.layers[i] if cache is not None else None)
+            if watch is not None:
+                watch.streams.append(x)
+            x = self.step(block, x, memory, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.length += T
         return t.ln_f(x)

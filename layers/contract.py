@@ -8,6 +8,7 @@ tests/test_layers.py then holds it against all of this.
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -36,13 +37,30 @@ class Memory:
                input stands for more than one token, as in the latents of a hierarchy
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
+    weights    where somebody asks for them, a list to which every attention with scores appends who looks at
+               whom, (B, n_head, T, S); else None
     """
 
-    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
-        self.published, self.inputs = [], []
+    def __init__(
+        self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, weights: list | None = None
+    ):
+        self.published, self.inputs, self.weights = [], [], weights
         self.tokens, self.embedded = tokens, embedded
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
+
+    def copy(self) -> Memory:
+        """One with lists of its own, which so far hold the same: for a layer that is computed twice."""
+        other = copy.copy(self)
+        other.published, other.inputs = list(self.published), list(self.inputs)
+        other.weights = None if self.weights is None else list(self.weights)
+        return other
+
+    def take(self, other: Memory):
+        """Let the lists hold what those of a copy hold."""
+        self.published[:], self.inputs[:] = other.published, other.inputs
+        if self.weights is not None:
+            self.weights[:] = other.weights
 
     @property
     def mask(self):
@@ -53,6 +71,17 @@ class Memory:
             sees = (at <= at[-self.T :, None]) & self.real[:, None, None, :]
             self.seen = sees | (at == at[-self.T :, None])  # padding sees itself: no softmax over nothing
         return self.seen
+
+
+class Watch:
+    """What the caller of a forward pass wants to see of it beside its result; the pass fills the lists.
+
+    streams  the residual stream before each block, (B, T, n_embd)
+    weights  as of Memory, one entry per layer; None where they are not wanted
+    """
+
+    def __init__(self, weights: bool = False):
+        self.streams, self.weights = [], [] if weights else None
 
 
 class Place(NamedTuple):

@@ -73,7 +73,7 @@ class GatedDeltaAttention(Attention):
             state = cache.state if cache is not None else self.new_cache(B, T, x.device, x.dtype).state
             y, state = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, log_alpha, state)
         if cache is not None:
-            cache.state = state
+            cache.state = state.detach()  # gradients reach the tokens of this call alone
         y = (self.norm(y) * F.silu(gate)).type_as(x)  # (B, n_head, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 

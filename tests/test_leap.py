@@ -183,12 +183,6 @@ def test_padding_before_the_text_changes_no_gradient(window, shift):
         assert cut.narrow(dim, 0, 9).abs().max() < 1e-30  # exp(FLOOR) in place of 0
 
 
-def test_no_gradient_ends_at_a_cache_in_silence():
-    model = model_of('leap')
-    with pytest.raises(RuntimeError, match='train without a cache'):
-        model.hidden(tokens(), model.new_cache(2))
-
-
 @pytest.mark.parametrize('window', [0, 64])
 def test_memory_grows_with_the_length_alone(window):
     """Twice the tokens, twice the bytes kept for the backward pass; nothing of size T x CHUNK among them."""
