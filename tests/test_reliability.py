@@ -1155,6 +1155,10 @@ def test_the_record_survives_a_torn_line(tmp_path):
     path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo\n{"iter": 3}\n', encoding='utf-8')
     with pytest.raises(CheckpointError, match=r'metrics\.jsonl, line 2 is not JSON .*: delete the line'):
         metrics.Metrics(tmp_path, {}, resume_iter=3)
+    for line in ('{"loss": 2.0}', '7', '{"iter": "one"}'):
+        path.write_text(f'{{"iter": 1}}\n{line}\n{{"iter": 3}}\n', encoding='utf-8')
+        with pytest.raises(CheckpointError, match='has a line that is no record with an iter'):
+            metrics.Metrics(tmp_path, {}, resume_iter=3)
 
 
 def test_the_table_of_faults_names_tests_that_exist(root):
