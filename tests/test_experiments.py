@@ -15,9 +15,9 @@ import torch
 
 import compare
 import experiments
-import train
 from configurator import ConfigError
 from runs import metrics
+from runs.knobs import model_config
 from runs.models import MODELS
 
 RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at the one beyond
@@ -109,7 +109,7 @@ def test_every_arm_is_a_model_and_differs_from_the_others(name, scale, tmp_path)
     assert len(set(learned)) == len(plan.arms)
     for k in knobs:
         with torch.device('meta'):
-            MODELS[k.model](train.model_config(k, 64, 64))
+            MODELS[k.model](model_config(k, 64, 64))
         assert k.eval_iters == 0 or (k.eval_iters, k.batch_size, k.block_size) == tuple(
             getattr(knobs[0], n) for n in ('eval_iters', 'batch_size', 'block_size')
         ), 'one validation set'

@@ -8,7 +8,7 @@ import pytest
 from configurator import configure
 from layers import plans
 from model import GPT, GPTConfig
-from train import Knobs, model_config
+from runs.knobs import Knobs, model_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -115,6 +115,14 @@ def test_attention_with_dropout_in_blocks_is_attention(T):
     assert set(dropped[0, :, 0, 0].tolist()) <= {0.0, 2.0}, 'the first query sees the first value alone'
 
 
+@pytest.mark.parametrize('T', [1, 2, 3])
+def test_the_shortest_sequences_are_causal(T):
+    """What a token is does not change when another one follows it."""
+    q, k, v = torch.randn(3, 1, 2, T + 1, 8, generator=torch.Generator().manual_seed(1))
+    longer, shorter = attend(q, k, v), attend(*(t[:, :, :T] for t in (q, k, v)))
+    torch.testing.assert_close(longer[:, :, :T], shorter)
+
+
 def test_keeping_memory_changes_no_number():
     def losses():
         model = GPT(GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32), seed=1)
