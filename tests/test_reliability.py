@@ -219,6 +219,7 @@ def test_the_same_windows_in_other_batches_are_the_same_validation_set(tmp_path,
     resume(tmp_path, max_iters=11, eval_iters=1, batch_size=4, eval_interval=100)
     assert checkpoint.load(tmp_path / LAST)['best_val_loss'] <= best
     resume(tmp_path, eval_iters=3)  # nothing is left to do, and nothing changes
+    resume(tmp_path, eval_iters=3, max_iters=20, eval_only=True)
     assert 'measured on' not in capsys.readouterr().out
     assert not [r for r in lines(tmp_path) if 'event' in r]
 
