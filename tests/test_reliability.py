@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from dataclasses import asdict
@@ -482,6 +483,35 @@ def test_a_full_disk_leaves_the_checkpoint_and_stops_the_run(tmp_path, data, str
     monkeypatch.undo()
     resume(tmp_path, max_iters=12)
     assert_same_run(straight, tmp_path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    """Else a power cut leaves the name of a file whose content was never written."""
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def synced(number):
+        calls.append('folder' if stat.S_ISDIR(os.fstat(number).st_mode) else 'file')
+        sync(number)
+
+    def replaced(source, target):
+        calls.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', synced)
+    monkeypatch.setattr(os, 'replace', replaced)
+    for i in range(2):
+        checkpoint.save({'iter': i}, tmp_path, best=i == 0)
+    assert calls == ['file', BEST, LAST, 'folder', 'file', PREVIOUS, LAST, 'folder']
+
+
+def test_a_write_that_failed_ends_the_run_long_before_the_next_one(tmp_path, data, monkeypatch):
+    def fail(state, *args):
+        raise CheckpointError('no room')
+
+    monkeypatch.setattr(checkpoint, 'save', fail)
+    with pytest.raises(CheckpointError, match='no room'):
+        start(tmp_path, data, max_iters=1000, eval_interval=1000, checkpoint_interval=20)
+    assert 20 <= lines(tmp_path)[-1]['iter'] < 40 and status(tmp_path) == 'failed'
 
 
 def _limit_file_size():
