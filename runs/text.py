@@ -91,6 +91,7 @@ def print_sample(model, data, max_new_tokens: int, seed: int, device: str):
     prompt = torch.tensor([start], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with finite_logits(model):
-        for piece in stream_text(model, tokenizer, prompt, max_new_tokens, top_k=50, generator=generator):
+        options = {'temperature': 0.8, 'top_k': 200, 'generator': generator}  # as in sample.py
+        for piece in stream_text(model, tokenizer, prompt, max_new_tokens, **options):
             print(piece, end='', flush=True)
     print()

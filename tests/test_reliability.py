@@ -504,6 +504,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypa
     assert calls == ['file', BEST, LAST, 'folder', 'file', PREVIOUS, LAST, 'folder']
 
 
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_iteration(tmp_path, data, monkeypatch):
+    """A power cut must not leave one whose metrics are gone: a resumed run does not write them again."""
+    calls, sync, save = [], metrics.Metrics.sync, checkpoint.save
+    monkeypatch.setattr(metrics.Metrics, 'sync', lambda log: (calls.append('metrics'), sync(log)))
+    monkeypatch.setattr(checkpoint, 'save', lambda *args: (calls.append('checkpoint'), save(*args)))
+    start(tmp_path, data)
+    assert calls == ['metrics', 'checkpoint'] * 3
+
+
 def test_a_write_that_failed_ends_the_run_long_before_the_next_one(tmp_path, data, monkeypatch):
     def fail(state, *args):
         raise CheckpointError('no room')
