@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant('runs/checkpoint.py', 'self.before()', 'pass', RUNS),
     # the record
     Mutant('runs/metrics.py', "record['iter'] <= resume_iter", "record['iter'] < resume_iter", RUNS),
-    Mutant('runs/metrics.py', '(it - self.it) * self.tokens_per_step', 'it * self.tokens_per_step', RUNS),
+    Mutant('runs/metrics.py', '(it - self.it) * self.tokens_per_step', 'it * self.tokens_per_step', SPEED),
     Mutant('runs/metrics.py', 'None if isinstance(v, float) and not math.isfinite(v) else v', 'v', RUNS),
     # going on
     Mutant('runs/resume.py', "state['evaluated'] and not k.eval_only", 'False', RUNS),

@@ -71,6 +71,17 @@ def test_mfu_is_measured_against_the_peak_of_that_very_card(name, peak, monkeypa
     assert metrics.peak_flops('cuda:0') == peak
 
 
+@pytest.mark.parametrize('peak, mfu', [(1e9, [0.25, 0.125]), (None, [None, None])])
+def test_speed_is_of_the_steps_since_it_was_read_last(peak, mfu, monkeypatch):
+    """Of a run that goes on at iteration 10 too, and with all ranks' devices counted."""
+    monkeypatch.setattr(metrics, 'peak_flops', lambda device: peak)
+    run = {'tokens_per_step': 1000, 'model': {'flops_per_token': 5000}, 'device': {'ranks': 2}}
+    speed = metrics.Speed(run, 'cuda:0', it=10, seconds=7.0)
+    read = [speed.read(20, 7.1), speed.read(40, 7.5)]
+    assert [r['tokens_per_s'] for r in read] == pytest.approx([100_000, 50_000])
+    assert [r['mfu'] for r in read] == (pytest.approx(mfu) if peak else mfu)
+
+
 @pytest.mark.parametrize('attention', ['reflex', 'reflex_all'])
 def test_compiled_and_distributed_is_the_same_step(attention):
     """As torchrun has it: DDP around the compiled model, cut at several buckets, the loss in chunks."""
