@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent
 
 # Knobs that do not change what a run learns: they may differ within an arm
 SESSION = set(
-    'out_dir overwrite init_from seed eval_only log_interval sample_tokens checkpoint_interval '
+    'out_dir overwrite init_from seed eval_only log_interval sample_tokens sample_start checkpoint_interval '
     'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
     'dist_timeout'.split()
 )
