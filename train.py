@@ -166,7 +166,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
         say(f'stopped by {stop.reason or "another rank"} at iteration {it}; go on with --init_from=resume')
     elif k.sample_tokens and group.main and data.tokenizer_spec:
         say(f'--- a sample of {k.sample_tokens} tokens (more: python sample.py --out_dir={k.out_dir})')
-        print_sample(model, data, k.sample_tokens, k.seed, device)
+        print_sample(model, data, k, device)
     if group.ddp:
         dist.destroy_process_group()
         leave(0)

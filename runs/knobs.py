@@ -33,6 +33,7 @@ class Knobs(HierarchyShape):
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # iterations between lines of metrics.jsonl
     sample_tokens: int = 0  # tokens of text to print when the training is done
+    sample_start: str = ''  # what that text begins with; '' = a new document
     # start
     init_from: str = 'scratch'  # scratch | resume | auto (resume if there is a run) | weights: a run, gpt2, …
     checkpoint_interval: int = 0  # iterations between saves; 0 = save at every evaluation

@@ -28,7 +28,7 @@ METRICS, RUN, README = 'metrics.jsonl', 'run.json', 'README.md'
 PACK = '.jsonl'  # NAME.jsonl holds the runs of the folder NAME
 # Knobs that do not change what a run learns: they may differ within an arm
 SESSION = set(
-    'out_dir overwrite init_from seed eval_only log_interval sample_tokens checkpoint_interval '
+    'out_dir overwrite init_from seed eval_only log_interval sample_tokens sample_start checkpoint_interval '
     'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
     'dist_timeout'.split()
 )

@@ -115,7 +115,7 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
     if it > 0 and now != planned:
         say(f'resume: the learning rate is {now:.3g} from here on; the last step had {before:.3g}')
     windows, windows_before = (n_windows(data, knobs) for knobs in (k, then))
-    if windows != windows_before and (it < k.max_iters or not evaluated):
+    if windows != windows_before and not k.eval_only and (it < k.max_iters or not evaluated):
         best_val_loss = math.inf
         events = [{'iter': it, 'event': 'eval_changed', 'windows': windows, 'windows_before': windows_before}]
         say(
