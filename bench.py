@@ -20,24 +20,18 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
-import train
-from configurator import ConfigError, configure, run_program
-from data.tokendata import eval_batch, eval_starts, get_batch, open_data
-from runs import metrics
-from runs.checkpoint import load_model
-from runs.optimizer import make_optimizer
-from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
+from configurator import ConfigError, check_first, configure, run_program
+from runs.knobs import Knobs, check, model_config
 
 ROOT = Path(__file__).resolve().parent
 NANOGPT = ('nanoGPT (README)', 'nanoGPT (best)')
@@ -53,7 +47,7 @@ SIZES = {
 LOOKUP = 64  # tokens guessed at a time
 PARTS = ('train', 'alone', 'generate', 'tokens', 'race')
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
-# the CPU recipe of nanoGPT's README, where it differs from train.Knobs
+# the CPU recipe of nanoGPT's README, where it differs from the defaults of Knobs
 NANOGPT_RECIPE = {
     'optimizer': 'adamw',
     'learning_rate': 1e-3,
@@ -67,7 +61,8 @@ NANOGPT_RECIPE = {
 }
 
 
-def arguments(argv):
+def command_line(argv) -> argparse.Namespace:
+    """What the command line says, as far as it can be told without torch; `extra` are knobs of train.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
@@ -99,7 +94,8 @@ def arguments(argv):
     add('--out', type=Path, help='JSON (default: out/bench/SIZE-DEVICE.json)')
     add('--alone', default='', help=argparse.SUPPRESS)  # run this arm for its memory and start-up, and end
     add('--began', type=float, default=0.0, help=argparse.SUPPRESS)
-    args, extra = parser.parse_known_args(argv)
+    args, args.extra = parser.parse_known_args(argv)
+    configure(Knobs, args.extra)  # refuses what is no knob
     for name in ('batch', 'block', 'vocab', 'threads', 'tokens'):
         if getattr(args, name) < 0:
             parser.error(f'--{name}={getattr(args, name)}: must not be negative')
@@ -118,22 +114,47 @@ def arguments(argv):
         parser.error(f'--nanogpt={args.nanogpt}: no model.py is there; give a checkout of nanoGPT')
     if 'tokens' in args.parts and not args.nanogpt:
         args.parts.remove('tokens')
-    files, vocab, batch = SIZES[args.size]
-    args.clock_name, args.clock = args.clock, CLOCKS[args.clock]
-    args.device = pick_device(args.device)
-    if args.clock_name == 'cpu' and (args.device != 'cpu' or args.threads != 1):
+    if args.clock == 'cpu' and (args.device not in ('auto', 'cpu') or args.threads != 1):
         parser.error('--clock=cpu adds the time of all threads up: it needs --device=cpu --threads=1')
+    args.clock_name, args.clock = args.clock, CLOCKS[args.clock]
+    return args
+
+
+if __name__ == '__main__':
+    check_first(command_line)  # before torch is imported, which takes seconds
+
+import numpy as np
+import torch
+
+from data.tokendata import eval_starts, get_batch, open_data
+from runs import metrics
+from runs.datasets import data_folder
+from runs.models import build, load_model
+from runs.optimizer import make_optimizer
+from runs.ranks import Ranks
+from runs.schedule import learning_rate_at
+from runs.step import TrainingStep, mean_loss
+from runs.system import autocast_for, keep_memory, pick_device, pick_dtype
+
+
+def arguments(argv) -> argparse.Namespace:
+    """The command line, with the device and with the knobs of every arm."""
+    args = command_line(argv)
+    files, vocab, batch = SIZES[args.size]
+    args.device = pick_device(args.device)
+    if args.clock_name == 'cpu' and args.device != 'cpu':
+        raise ConfigError(f'--clock=cpu needs --device=cpu, and here it is {args.device}')
     args.dtype = pick_dtype(args.dtype, args.device)
     args.knobs = {}
     for arm in args.arms:
         path = Path(arm) if arm.endswith('.py') else ROOT / 'config' / f'{arm}.py'
-        k = configure(train.Knobs, [str(path), *(str(ROOT / f) for f in files), *extra]).knobs
+        k = configure(Knobs, [str(path), *(str(ROOT / f) for f in files), *args.extra]).knobs
         batch = batch if args.device == 'cpu' else k.batch_size
         sizes = {'batch_size': args.batch or batch, 'block_size': args.block or k.block_size}
         if args.compile != 'auto':
             sizes['compile'] = args.compile == 'true'
-        args.knobs[path.stem] = replace(k, **sizes)
-        train.check(args.knobs[path.stem])
+        args.knobs[path.stem] = replace(k, gradient_accumulation_steps=1, **sizes)
+        check(args.knobs[path.stem])
     args.arms = list(args.knobs)
     args.vocab = args.vocab or vocab
     args.out = args.out or ROOT / 'out' / 'bench' / f'{args.size.replace("/", "-")}-{args.device[:4]}.json'
@@ -149,7 +170,7 @@ def random_tokens(k, vocab: int):
 
 
 def batches_of(tokens, k, device: str):
-    """Endless (x, y) of tokens, (batch_size, block_size) each, fetched as train.py fetches."""
+    """Endless (x, y) of tokens for nanoGPT, (batch_size, block_size) each: those that train.py would take."""
     step = 0
     while True:
         batch = get_batch(tokens, k.seed, step, 0, k.batch_size, k.block_size)
@@ -161,30 +182,19 @@ def batches_of(tokens, k, device: str):
 
 
 def our_arm(k, args, tokens):
-    """(model, optimizer, step): step() trains on one batch of tokens as train.py does, and waits for it."""
-    device_type = args.device.split(':')[0]
-    model = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device)
-    optimizer = make_optimizer(model, k, device_type)
-    compiled = torch.compile(model) if k.compile else model
-    scaler = torch.amp.GradScaler(device_type, enabled=args.dtype == 'float16')
-    batches = batches_of(tokens, k, args.device)
-    batch = [next(batches)]
+    """(model, step): step(lr) trains on one batch of tokens as train.py does, and waits for it; without a
+    rate, at the highest of the schedule."""
+    model = build(k, model_config(k, args.vocab, args.vocab)).to(args.device)
+    optimizer = make_optimizer(model, k, args.device.split(':')[0])
+    train_step = TrainingStep(k, Ranks(), model, optimizer, tokens, args.device, args.dtype)
+    train_step.begin(0)
+    numbers = itertools.count()
 
-    def step():
-        with autocast_for(args.device, args.dtype):
-            _, loss = compiled(*batch[0])
-        scaler.scale(loss).backward()
-        batch[0] = next(batches)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        loss = torch.stack([loss.detach(), norm]).tolist()[0]  # the step waits for the device here
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), k.grad_clip, norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
+    def step(lr: float = k.learning_rate):
+        train_step.gradients(next(numbers))
+        train_step.update(lr)
 
-    return model, optimizer, step
+    return model, step
 
 
 def load_nanogpt(folder: Path):
@@ -205,7 +215,7 @@ def nanogpt_model(k, args, vocab: int = 0):
 
 
 def nanogpt_arm(k, args, tokens, best: bool = False):
-    """(model, optimizer, step) of nanoGPT in the shape of the knobs k, trained as its train.py does."""
+    """(model, step), as of our_arm, of nanoGPT in the shape of the knobs k, trained as its train.py does."""
     device_type = args.device.split(':')[0]
     on_cpu = device_type == 'cpu'
     model = nanogpt_model(k, args)
@@ -220,7 +230,9 @@ def nanogpt_arm(k, args, tokens, best: bool = False):
     batches = batches_of(tokens, k, args.device)
     batch = [next(batches)]
 
-    def step():
+    def step(lr: float = k.learning_rate):
+        for group in optimizer.param_groups:
+            group['lr'] = lr
         with autocast_for(args.device, dtype):
             _, loss = compiled(*batch[0])
         batch[0] = next(batches)
@@ -230,9 +242,9 @@ def nanogpt_arm(k, args, tokens, best: bool = False):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        loss.item()
 
-    return model, optimizer, step
+    return model, step
 
 
 def make_arm(name: str, args):
@@ -284,11 +296,11 @@ def bench_training(args) -> dict:
         prepare(name, args)
         arms[name] = make_arm(name, args)
         for _ in range(2):  # compiles, and allocates the optimizer's state
-            arms[name][2]()
+            arms[name][1]()
 
     def turn(name):
         prepare(name, args)
-        step = arms[name][2]
+        step = arms[name][1]
         began = args.clock()
         for _ in range(args.steps):
             step()
@@ -327,7 +339,7 @@ def bench_alone(args, argv) -> dict:
 def run_alone(name: str, args):
     """One arm, in this process: a line of JSON at the end."""
     prepare(name, args)
-    step = make_arm(name, args)[2]
+    step = make_arm(name, args)[1]
     step()
     began = time.time() - args.began
     step()  # the optimizer has its state by now
@@ -349,7 +361,7 @@ def bench_generation(args) -> dict:
     models = {}
     for name in args.arms:
         k = replace(args.knobs[name], block_size=long)
-        models[name] = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device).eval()
+        models[name] = build(k, model_config(k, args.vocab, args.vocab)).to(args.device).eval()
     if args.nanogpt:
         models['nanoGPT'] = nanogpt_model(replace(args.knobs[args.arms[0]], block_size=long), args).eval()
     for context in args.contexts:
@@ -365,7 +377,7 @@ def bench_generation(args) -> dict:
                 if name == 'nanoGPT':
                     streams[name] = nanogpt_stream(models[name], idx, rounds * n + 1)
                 else:
-                    streams[name] = models[name].stream(idx, rounds * n + 1, 0, use_cache=cached)
+                    streams[name] = models[name].stream(idx, rounds * n + 1, temperature=0, use_cache=cached)
                 with autocast_for(args.device, args.dtype):
                     next(streams[name])  # reads the context
 
@@ -397,7 +409,7 @@ def bench_tokens(args) -> dict:
         model, _ = load_model(args.weights, device=args.device)
     else:
         k = replace(args.knobs[args.arms[0]], block_size=max(1024, args.tokens))
-        model = train.build(k, train.model_config(k, args.vocab, args.vocab)).to(args.device).eval()
+        model = build(k, model_config(k, args.vocab, args.vocab)).to(args.device).eval()
     c = model.config
     nanogpt = nanogpt_model(c, args, c.vocab_size).eval()
     weights = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
@@ -411,9 +423,9 @@ def bench_tokens(args) -> dict:
         prepare(args.arms[0], args)
         seconds, drawn = {}, {}
         for lookup in (0, LOOKUP):
-            model.generate(idx, 20, 0, lookup=lookup)
+            model.generate(idx, 20, temperature=0, lookup=lookup)
             began = args.clock()
-            drawn[lookup] = model.generate(idx, n, 0, lookup=lookup)
+            drawn[lookup] = model.generate(idx, n, temperature=0, lookup=lookup)
             synchronize(args.device)
             seconds[lookup] = args.clock() - began
         prepare(NANOGPT[0], args)
@@ -453,21 +465,16 @@ def bench_race(args) -> dict:
     k = args.knobs[args.arms[0]]
     if args.nanogpt:
         racers[NANOGPT[0]] = replace(k, **NANOGPT_RECIPE)
-    data = open_data(train.data_folder(k.dataset), k.block_size)
-    starts, skip = eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)
+    data = open_data(data_folder(k.dataset), k.block_size)
+    windows = eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)
+    autocast = partial(autocast_for, args.device, args.dtype)
     arms, rows = {}, {name: {'curve': []} for name in racers}
 
     def evaluate(model):
-        total = count = 0
         model.eval()
-        with torch.no_grad(), autocast_for(args.device, args.dtype):
-            for i in range(-(-len(starts) // 64)):
-                batch = eval_batch(data.splits['val'], starts, skip, i, 64, k.block_size)
-                x, y = (torch.from_numpy(a).to(args.device) for a in batch)
-                n = int((y != -1).sum())
-                total, count = total + n * model(x, y)[1].item(), count + n
+        loss = mean_loss(model, data.splits['val'], windows, 64, k.block_size, args.device, autocast, Ranks())
         model.train()
-        return total / count
+        return loss
 
     for name, own in racers.items():
         prepare(name, args)
@@ -476,13 +483,11 @@ def bench_race(args) -> dict:
     running = list(racers)
     while running:
         for name in list(running):
-            own, row, (model, optimizer, step) = racers[name], rows[name], arms[name]
+            own, row, (model, step) = racers[name], rows[name], arms[name]
             prepare(name, args)
             began = args.clock()
             for it in range(row['steps'], min(own.max_iters, row['steps'] + own.eval_interval)):
-                for group in optimizer.param_groups:
-                    group['lr'] = train.learning_rate_at(it, own) * group.get('lr_ratio', 1.0)
-                step()
+                step(learning_rate_at(it, own))
             row['seconds'] += args.clock() - began
             row['steps'] = it + 1
             row['val'] = evaluate(model)

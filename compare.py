@@ -25,10 +25,8 @@ import shlex
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from configurator import ConfigError, UserError, configure, run_program
-from layers.plans import PLANS
 from runs.files import check_name, write_failed, write_text
 from runs.records import (
     Arm,
@@ -321,29 +319,14 @@ def cautions(arms: list[Compared], base: Compared | None):
 def same_models(arms: list[Compared]):
     """A line for every arm that is the same model as another one, trained alike except for the rate."""
     known = {}
-    for arm in arms:
-        if not arm.one:
-            continue
+    for arm in (a for a in arms if a.one):
         learned, model = what_is_learned(arm.one.config), arm.one.run['model']
-        attention = learned.pop('attention', 'vanilla'), learned.pop('head_split', '')
-        described = arm.one.run.get('describe') or plan_table(arm.one.config) or attention
-        rest = {k: v for k, v in learned.items() if k not in ('learning_rate', 'muon_learning_rate')}
-        sizes = [model['params'], model['flops_per_token'], model['cache_bytes_per_token']]
+        described = arm.one.run.get('describe') or learned.get('attention')
+        rest = {k: v for k, v in learned.items() if 'learning_rate' not in k and k != 'attention'}
+        sizes = [model[name] for name in ('params', 'flops_per_token', 'cache_bytes_per_token')]
         first = known.setdefault(json.dumps([described, rest, sizes], sort_keys=True), arm)
         if first is not arm:
-            yield (
-                f'{arm.name} and {first.name} are the same model: their heads read the same keys and values, '
-                'and they are trained alike'
-            )
-
-
-def plan_table(config: dict) -> list | None:
-    """The head plan that a config names, as a table; None where its attention is no single plan."""
-    plan = PLANS.get(config.get('attention'))
-    try:
-        return plan and plan(SimpleNamespace(**config))
-    except (AttributeError, TypeError, ValueError):
-        return None
+            yield f'{arm.name} and {first.name} are the same model, trained alike'
 
 
 def surroundings(run: Run) -> dict:

@@ -74,8 +74,13 @@ def run_program(main):
     A UserError is one line on stderr and status 2; Ctrl-C is 130; that the reader has gone away (`| head`) is
     no error.
     """
+    sys.exit(_status_of(lambda: main(sys.argv[1:])))
+
+
+def _status_of(call):
+    """The exit status of call(): what it returns, or that of the exception that it raises."""
     try:
-        status = main(sys.argv[1:])
+        status = call()
         sys.stdout.flush()
     except UserError as e:
         print(f'{Path(sys.argv[0]).name}: {e}', file=sys.stderr)
@@ -85,7 +90,7 @@ def run_program(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         status = 0
-    sys.exit(status)
+    return status
 
 
 def configure(cls, argv, doc='', words=''):
@@ -123,20 +128,16 @@ def divide(cls, other, argv):
     """
     One command line for two dataclasses of knobs: (the arguments for `cls`, `--key=value` for the other).
 
-    other() returns the other dataclass; it is called only where `cls` lacks a knob that is given, since to
-    import it may take long. Names and values of the other's knobs are checked here: ConfigError.
+    A knob that both have is that of `cls`. Names and values of the other's are checked here: ConfigError.
     """
-    kinds = _kinds(cls)
-    names = [arg[2:].partition('=')[0] for arg in argv if arg.startswith('--')]
-    second = other() if set(names) - kinds.keys() - {'help'} else None
-    others = _kinds(second) if second else {}
+    kinds, others = _kinds(cls), _kinds(other)
     options, words = _options_of([arg for arg in argv if arg not in ('--help', '-h')], others | kinds)
     own, passed = [arg for _, arg in words], []
     for key, text in options:
         if key in kinds:
             own.append(f'--{key}={text}')
         elif key in others:
-            _from_text(second, key, text)
+            _from_text(other, key, text)
             passed.append(f'--{key}={text}')
         else:
             raise _unknown(key, others | kinds, 'the command line')
@@ -178,6 +179,33 @@ def from_dict(cls, values, where):
     if not isinstance(values, dict):
         raise ConfigError(f'{where} holds a {type(values).__name__}, not the names and values of knobs')
     return cls(**{name: _checked(cls, name, value, where) for name, value in values.items()})
+
+
+def check_command_line(cls, doc=''):
+    """
+    Answer --help and refuse wrong flags, as the first act of a program: before it imports what takes seconds.
+
+        if __name__ == '__main__':
+            check_command_line(Knobs, __doc__)
+
+        import torch
+
+    No config file is run here: `configure` does that, and everything else, later.
+    """
+
+    def parse(argv):
+        _, others = _options_of(argv, _kinds(cls))
+        files = {arg for _, arg in others if arg.endswith('.py')}
+        configure(cls, [arg for arg in argv if arg not in files], doc)
+
+    check_first(parse)
+
+
+def check_first(parse):
+    """Run parse(arguments) as `run_program` would, but return where it raises nothing."""
+    status = _status_of(lambda: parse(sys.argv[1:]) and None)
+    if status is not None:
+        sys.exit(status)
 
 
 def help_text(cls, doc='', words=''):

@@ -18,20 +18,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from configurator import ConfigError, configure, run_program
-from data.sources import CorpusError, TextFile, named
-from data.tokendata import eval_batch, open_data
-from data.tokenizer import from_spec
-from data.tokenizer import load as load_tokenizer
-from layers.loss import linear_cross_entropy
-from model import GPT
-from runs import checkpoint, pretrained
-from runs.system import autocast_for, pick_device, pick_dtype
-from sample import document_start
-from train import bytes_per_token, data_folder
+from configurator import ConfigError, check_command_line, configure, run_program
 
 
 @dataclass(frozen=True)
@@ -61,6 +48,26 @@ class Knobs:
     threads: int = 0  # CPU threads; 0 = torch's choice
 
 
+if __name__ == '__main__':
+    check_command_line(Knobs, __doc__)  # before torch is imported, which takes seconds
+
+import numpy as np
+import torch
+
+from data.files import CorpusError
+from data.sources import read_text
+from data.tokendata import eval_batch, open_data
+from data.tokenizer import from_spec
+from data.tokenizer import load as load_tokenizer
+from layers.loss import linear_cross_entropy
+from model import GPT
+from runs import pretrained
+from runs.datasets import bytes_per_token, data_folder
+from runs.models import load_model
+from runs.system import autocast_for, pick_device, pick_dtype
+from runs.text import document_start
+
+
 def load(k: Knobs, device: str):
     """(model, tokenizer or None, the tokens that a document begins after, the run's data set or '')."""
     if k.init_from:
@@ -69,7 +76,7 @@ def load(k: Knobs, device: str):
         pretrained.copy_weights(model, found)
         tokenizer = load_tokenizer(str(found.folder))
         return model.to(device).eval(), tokenizer, document_start({'begin': tokenizer.bos}, tokenizer), ''
-    model, state = checkpoint.load_model(k.out_dir, k.checkpoint, device)
+    model, state = load_model(k.out_dir, k.checkpoint, device)
     tokenizer = from_spec(state['tokenizer']) if state['tokenizer'] else None
     begin = document_start(state, tokenizer) if tokenizer else []
     return model, tokenizer, begin, state['config'].get('dataset', '')
@@ -94,7 +101,7 @@ def loss_on(model: GPT, tokens, window: int, stride: int, batch_size: int, devic
             torch.from_numpy(a).to(device) for a in eval_batch(tokens, starts, skip, i, batch_size, window)
         )
         with autocast():
-            mean = linear_cross_entropy(model.hidden(x), real, y, ignore_index=-1)
+            mean = linear_cross_entropy(model.hidden(x), real, y, softcap=model.config.softcap)
         n = int((y != -1).sum())
         total, count = total + mean.item() * n, count + n
     return total / count
@@ -110,8 +117,7 @@ def measure(
                 f'text={k.text!r}: {k.out_dir} was trained on plain token files, no tokenizer is known'
             )
         try:
-            with named(source := TextFile(k.text)):
-                text = ''.join(source.texts())  # as it would be prepared
+            text = read_text(k.text)
         except CorpusError as e:
             raise ConfigError(f'text={k.text!r} cannot be read as UTF-8 text ({e})') from None
         tokens = np.array(begin + tokenizer.encode(text), dtype=np.int64)

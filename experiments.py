@@ -44,7 +44,11 @@ from functools import cache
 from pathlib import Path
 
 from configurator import ConfigError, configure, divide, run_program
+from data.tokendata import open_data
+from runs.datasets import data_folder, prepare_stdlib
 from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
+from runs.knobs import Knobs as TrainingKnobs
+from runs.knobs import check, model_config, saved_knobs
 from runs.records import (
     METRICS,
     README,
@@ -67,13 +71,6 @@ LOG = (
     'log.txt'  # in the folder of a run: what train.py printed, and in lines that begin with MARK what we did
 )
 MARK = '--- experiments.py: '
-
-
-def trainer():
-    """The module with train.py's knobs. Imported late: torch takes seconds, and --help needs none of it."""
-    import train
-
-    return train
 
 
 # -----------------------------------------------------------------------------
@@ -286,11 +283,11 @@ class Knobs:
 
 
 @cache
-def resolve(arguments: tuple):
-    """The knobs that train.py makes of its arguments; ConfigError where it would refuse them."""
+def resolve(arguments: tuple) -> TrainingKnobs:
+    """What train.py makes of its arguments; ConfigError where it would refuse them."""
     files = [str(ROOT / a) if a.endswith('.py') and not a.startswith('--') else a for a in arguments]
-    knobs = configure(trainer().Knobs, files).knobs
-    trainer().check(knobs)
+    knobs = configure(TrainingKnobs, files).knobs
+    check(knobs)
     return knobs
 
 
@@ -303,7 +300,7 @@ class Job:
     out: Path  # train.py's out_dir
 
     @property
-    def knobs(self):
+    def knobs(self) -> TrainingKnobs:
         return resolve(self.arguments)
 
     def __str__(self):
@@ -558,7 +555,7 @@ class Plan:
             if k.equal != 'steps' or len(self.arms) < 3:
                 raise ConfigError('a search is for two arms or more beside the baseline, at equal steps')
         given = [a.partition('=')[2] for a in extra if a.startswith('--dataset=')]
-        there = [d for d in self.scale.datasets if (trainer().data_folder(d) / 'meta.json').exists()]
+        there = [d for d in self.scale.datasets if (data_folder(d) / 'meta.json').exists()]
         self.dataset = given[-1] if given else there[0] if there else self.scale.datasets[-1]
 
     def job(
@@ -741,7 +738,7 @@ def refuse_other_settings(plan: Plan, fingerprint: str | None = None):
         run = job.done()
         if not run:
             continue
-        then = trainer().saved_knobs(run.config, str(job.out / RUN))
+        then = saved_knobs(run.config, str(job.out / RUN))
         told = [
             f'{name}={was!r} (now {now!r})'
             for name, now, was in unlike(asdict(job.knobs), asdict(then))
@@ -762,10 +759,8 @@ def refuse_other_settings(plan: Plan, fingerprint: str | None = None):
 
 def check_data(plan: Plan) -> str:
     """The fingerprint of the data; DataError before the first run, rather than one from each."""
-    from data.tokendata import open_data
-
-    folder = trainer().data_folder(plan.dataset)
-    trainer().prepare_stdlib(folder)
+    folder = data_folder(plan.dataset)
+    prepare_stdlib(folder)
     block_size = max(plan.job('', arm, 0, 1e-3).knobs.block_size for arm in plan.arms)
     vocab_size = plan.job('', plan.arms[0], 0, 1e-3).knobs.vocab_size
     return open_data(folder, block_size, vocab_size or None).fingerprint
@@ -775,12 +770,14 @@ def same_models(plan: Plan) -> list[str]:
     """A line for every arm that is the same model as another one and trained alike."""
     import torch
 
+    from runs.models import build
+
     known, told = {}, []
     for arm in plan.arms:
         k = plan.job('', arm, 0, 1e-3).knobs
         with torch.device('meta'):  # built without memory
-            model = trainer().build(k, trainer().model_config(k, vocab_size=64, vocab_used=64))
-        knobs = {n: v for n, v in what_is_learned(asdict(k)).items() if n not in ('attention', 'head_split')}
+            model = build(k, model_config(k, vocab_size=64, vocab_used=64))
+        knobs = {n: v for n, v in what_is_learned(asdict(k)).items() if n != 'attention'}
         first = known.setdefault((model.describe(), model.num_params(), str(knobs)), arm)
         told += [] if first == arm else [f'{arm} and {first} are the same model, trained alike']
     return told
@@ -895,7 +892,7 @@ def run_all(plan: Plan, runner: Runner, fingerprint: str | None):
 
 def main(argv: list[str]) -> int:
     argv = ['--wandb_log' if arg == '--wandb' else arg for arg in argv]  # as it was called before
-    own, extra = divide(Knobs, lambda: trainer().Knobs, argv)
+    own, extra = divide(Knobs, TrainingKnobs, argv)
     told = '\n'.join(f'  {name}: {e.question}' for name, e in EXPERIMENTS.items())
     k, _, words = configure(Knobs, own, f'{__doc__}\nExperiments:\n{told}', words='EXPERIMENT …')
     for knob in ('seed', 'out_dir', 'init_from'):

@@ -26,8 +26,8 @@ from configurator import ConfigError, configure, run_program
 from data.tokenizer import from_spec
 from layers.leap import Mean
 from model import GPT
-from runs import checkpoint
-from sample import document_start, read_prompt
+from runs.models import load_model
+from runs.text import document_start, read_prompt
 
 matplotlib.use('Agg')  # needs no display
 import matplotlib.pyplot as plt
@@ -85,8 +85,11 @@ class Watch(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             q, k = (t.float() for t in args[:2])  # (B, n_head, T, head_size)
             scores = (q @ k.mT / math.sqrt(q.size(-1)))[0]  # (n_head, T, T), reader first
-            later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-            self.see(scores.masked_fill(later, -math.inf).softmax(-1))
+            seen = torch.ones_like(scores[0], dtype=torch.bool).tril()
+            mask = (kwargs or {}).get('attn_mask')
+            if mask is not None:
+                seen = seen & (mask[0] if mask.dim() == 4 else mask)
+            self.see(scores.masked_fill(~seen, -math.inf).softmax(-1))
         return function(*args, **(kwargs or {}))
 
 
@@ -196,7 +199,7 @@ def main(argv: list[str]) -> int:
     text = read_prompt(k.text)
     if not text:
         raise ConfigError('text is empty: give --text="…" or --text=FILE:prompt.txt')
-    model, state = checkpoint.load_model(k.out_dir, k.checkpoint)
+    model, state = load_model(k.out_dir, k.checkpoint)
     if state['tokenizer'] is None:
         raise ConfigError(f'{k.out_dir} was trained on plain token files: no tokenizer is known to read with')
     if not isinstance(model, GPT):
@@ -210,6 +213,10 @@ def main(argv: list[str]) -> int:
     if len(ids) > model.context_limit:
         raise ConfigError(f'the text has {len(ids)} tokens, but the context is {model.context_limit}')
     views, tokens = look(model, ids), pieces(tokenizer, ids)
+    if not views:
+        raise ConfigError(
+            f'{k.out_dir}: attention={model.config.attention!r} has no weights of single tokens to show'
+        )
     about = f'{k.out_dir}, {model.config.attention}, iteration {state["iter"]}'
     folder = Path(k.out_dir)
     (folder / 'explain.html').write_text(page(tokens, views, about), encoding='utf-8')

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from sample import stream_text
+from runs.text import stream_text
 
 try:
     import lm_eval

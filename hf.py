@@ -20,8 +20,9 @@ import torch
 from configurator import ConfigError, UserError, configure, run_program
 from data.tokenizer import from_spec
 from hierarchy import Hierarchy
+from layers.tokens import TokenTable
 from model import GPT, LanguageModel
-from runs import checkpoint
+from runs.models import load_model
 from runs.pretrained import ACTIVATIONS, TRANSPOSED
 
 try:
@@ -79,8 +80,13 @@ def export(model: LanguageModel, tokenizer, folder: str | Path, as_gpt2: bool = 
 def trimmed(model: LanguageModel):
     """The model's config and weights (by name, on the CPU) without the padding rows of the vocabulary."""
     used = model.config.vocab_used or model.config.vocab_size
+    by_token = {  # tensors with a row for every id
+        id(m.weight) for m in model.modules() if m is model.lm_head or isinstance(m, TokenTable)
+    }
     state = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    state['transformer.wte.weight'] = state['transformer.wte.weight'][:used].clone()
+    for name, p in model.named_parameters():
+        if id(p) in by_token:
+            state[name] = state[name][:used].clone()
     return replace(model.config, vocab_size=used, vocab_used=0), state
 
 
@@ -90,8 +96,8 @@ def reflex(kind: type, config, state, special) -> ReflexForCausalLM:
     model = model_class(config_class(**given, **special))
     model.gpt.load_state_dict(
         {
+            'lm_head.weight': state['transformer.wte.weight'],  # unless the state has one of its own
             **state,
-            'lm_head.weight': state['transformer.wte.weight'],
             '_extra_state': model.gpt.get_extra_state(),
         }
     )
@@ -107,6 +113,9 @@ def gpt2(config, state, special) -> transformers.GPT2LMHeadModel:
         'mlp': tuple(activations),
         'position': ('learned',),
         'qk_norm': (False,),
+        'x0_skip': (False,),
+        'softcap': (0.0,),
+        'tied': (True,),
     }
     for name, known in plain.items():
         if getattr(config, name) not in known:
@@ -121,6 +130,7 @@ def gpt2(config, state, special) -> transformers.GPT2LMHeadModel:
             n_embd=config.n_embd,
             n_layer=config.n_layer,
             n_head=config.n_head,
+            n_inner=config.mlp_hidden or None,
             activation_function=activations[config.mlp],
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
@@ -214,7 +224,7 @@ def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
     if not k.to:
         raise ConfigError("to='': give the folder to write, such as --to=exported")
-    model, state = checkpoint.load_model(k.out_dir, k.checkpoint)
+    model, state = load_model(k.out_dir, k.checkpoint)
     tokenizer = from_spec(state['tokenizer']) if state['tokenizer'] else None
     export(model, tokenizer, k.to, k.as_gpt2)
     kind = 'a GPT-2' if k.as_gpt2 else model.config.attention

@@ -20,31 +20,23 @@ Relatives: Mirasol3B (Piergiovanni et al., 2023), Hierarchical Perceiver (Carrei
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers.loss import linear_cross_entropy
-from layers.plans import Head, HeadPlan
-from model import (
-    MLPS,
-    NORMS,
-    POSITIONS,
-    Block,
-    Cache,
-    GPTConfig,
-    HeadPlanAttention,
-    KVCache,
-    LanguageModel,
-    Memory,
-    attend,
-    count,
-    flops,
-    make_attentions,
-)
+from layers.channels import MERGES, ChannelBlock
+from layers.contract import Memory
+from layers.heads import KVCache, attend
+from layers.mlps import MLPS
+from layers.norms import NORMS
+from layers.positions import POSITIONS
+from layers.registry import kinds_of, make_attentions
+from layers.tokens import TokenTable
+from model import Block, Cache, GPTConfig, LanguageModel, count, flops
+from shape import GPTShape, HierarchyShape
 
 LATENT_WARMUP = 0.2  # of training: the weight of the latent loss rises to its coefficient
 
@@ -58,30 +50,13 @@ def parse_numbers(name: str, text: str, least: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class HierarchyConfig(GPTConfig):
+class HierarchyConfig(HierarchyShape, GPTConfig):
     """The fields of GPTConfig describe the latent stack (and vocabulary, dropout, kinds of blocks of all);
-    these the way there and back. What does not fit together is refused here."""
-
-    groups: int = 16  # of a sequence: block_size / groups tokens each
-    latents: str = '16-2'  # per group, of level 1, 2, …
-    widths: str = '64-128-768'  # of tokens, level 1, 2, …; the last is n_embd
-    compression: str = 'perceiver'  # perceiver: a group's last tokens ask all of it | transformer: blocks
-    compress_blocks: int = 2  # compression='transformer': blocks in front of every level
-    local_blocks: str = '1'  # inside groups, at every length; '1-2-0': at that of tokens, level 1, 2
-    global_blocks: str = '1'  # over all groups, likewise
-    block_order: str = 'interleaved'  # local, global, local, … | serial: the local ones first
-    upsample: str = 'repeat'  # of latents to the length before | attention: and attend to them in the group
-    skip: str = 'sum'  # how the encoder joins the decoder: sum | interpolate, with learned shares
-    dense: bool = False  # DenseFormer: a latent block's input is a learned sum of all earlier outputs
-    channels: int = 1  # of multi-channel blocks in the latent stack; 1 = plain blocks
-    channel_every: int = 1  # every so many blocks of the stack is one
-    channel_mlp: float = 1.0  # hidden size of a channel's MLP, in 4 n_embd / channels
-    channel_shared_kv: bool = False  # one key and value for all channels
-    channel_shared_mlps: int = 0  # MLPs that every channel has beside its own
-    channel_merge: str = 'softmax'  # of the channels, elementwise: softmax | max | mean
-    latent_loss: float = 0.0  # weight of 1 - cosine between the next latent and what is predicted of it
+    those of
+    HierarchyShape the way there and back. What does not fit together is refused here."""
 
     def __post_init__(self):
+        GPTShape.__post_init__(self)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown: one of {", ".join(known)}')
@@ -127,7 +102,13 @@ class HierarchyConfig(GPTConfig):
             )
         for r in range(len(K)):
             self.at(r)
-        self.stack()
+        for name, kind in kinds_of(self.stack()).items():
+            if kind.layer.reads_tokens:
+                raise ValueError(f'attention={name!r} reads tokens, but in a hierarchy it works on latents')
+        if self.x0_skip:
+            raise ValueError(
+                'x0_skip=True: a block of a hierarchy works on latents, which are of several tokens'
+            )
 
     def _check_channels(self):
         C, s = self.n_embd, self.channels
@@ -187,17 +168,14 @@ class HierarchyConfig(GPTConfig):
     def at(self, r: int, **changes) -> GPTConfig:
         """Of a plain block at length r, as a GPT's, whose block_size is the whole sequence there."""
         own = {f.name: getattr(self, f.name) for f in fields(GPTConfig)}
-        own |= {'n_layer': 1, 'attention': 'vanilla', 'windows': 'auto', 'n_embd': self.level_widths[r]}
+        own |= {'n_layer': 1, 'attention': 'vanilla', 'n_embd': self.level_widths[r]}
         return GPTConfig(**{**own, 'block_size': self.groups * self.lengths[r], **changes})
 
     def stack(self) -> GPTConfig:
         """Of the latent stack's plain blocks."""
         n = self.plain_blocks
-        planned = {'n_layer': n, 'attention': self.attention, 'windows': self.windows} if n else {}
+        planned = {'n_layer': n, 'attention': self.attention} if n else {}
         return self.at(self.levels, **planned)
-
-    def context_limit(self) -> int:
-        return self.block_size
 
 
 class Piece:
@@ -518,84 +496,6 @@ class Decoder(nn.Module):
         return attention + latents + self.stage.state_bytes(itemsize)
 
 
-class ChannelLinear(nn.Linear):
-    """A linear layer for each of s channels: (s, …, d_in) -> (s, …, d_out). One above the other in weight."""
-
-    def __init__(self, channels: int, d_in: int, d_out: int, bias: bool):
-        super().__init__(d_in, channels * d_out, bias=bias)
-        self.channels = channels
-
-    def forward(self, x):
-        weight = self.weight.unflatten(0, (self.channels, -1)).transpose(1, 2)  # (s, d_in, d_out)
-        y = torch.bmm(x.flatten(1, -2), weight)  # (s, …, d_in) -> (s, N, d_out)
-        if self.bias is not None:
-            y = y + self.bias.view(self.channels, 1, -1)
-        return y.unflatten(1, x.shape[1:-1])
-
-
-class ChannelAttention(HeadPlanAttention):
-    """s multi-head attentions over one sequence side by side, as s * n_head heads: y (s, B, T, n_embd)."""
-
-    def __init__(self, config: GPTConfig, channels: int, shared_kv: bool):
-        n = config.n_head
-        reads = [h % n if shared_kv else h for h in range(channels * n)]
-        super().__init__(config, HeadPlan([[Head((0, h), (0, h)) for h in reads]], channels * n), 0)
-        self.channels = channels
-        self.c_proj = ChannelLinear(channels, config.n_embd, config.n_embd, bias=config.bias)
-        self.description = f'{channels} channels' + (' of shared keys and values' if shared_kv else '')
-
-    def forward(self, x, memory: Memory, cache: KVCache | None = None):
-        return super().forward(x, Memory(memory.rotate), cache)  # publishes nothing to other layers
-
-    def output(self, y):
-        """y (B, s * n_head, T, hs) -> (s, B, T, n_embd)"""
-        y = y.unflatten(1, (self.channels, -1)).permute(1, 0, 3, 2, 4).flatten(3)  # (s, B, T, n_head * hs)
-        return self.resid_dropout(self.c_proj(y))
-
-
-def soften(y):
-    """(s, …) -> (…): each number the softmax-weighted mean of its channels."""
-    return (y.softmax(dim=0) * y).sum(dim=0)
-
-
-MERGES = {
-    'softmax': soften,
-    'max': lambda y: y.amax(dim=0),
-    'mean': lambda y: y.mean(dim=0),
-}
-
-
-class ChannelBlock(nn.Module):
-    """In the place of a Block: s channels, each with an attention and an MLP of its own on the residual
-    stream; merged elementwise by a convex combination. Shared MLPs serve all channels, beside their own."""
-
-    backward_flops = 2
-
-    def __init__(self, config: GPTConfig, hierarchy: HierarchyConfig):
-        super().__init__()
-        s, shared = hierarchy.channels, hierarchy.channel_shared_mlps
-        hidden = round(hierarchy.channel_mlp * 4 * config.n_embd / s)
-        self.channels, self.merge = s, MERGES[hierarchy.channel_merge]
-        self.ln_1 = NORMS[config.norm](config.n_embd, bias=config.bias)
-        self.attn = ChannelAttention(config, s, hierarchy.channel_shared_kv)
-        self.ln_2 = NORMS[config.norm](config.n_embd, bias=config.bias)
-        self.mlp = MLPS[config.mlp](config, hidden, partial(ChannelLinear, s))
-        # the sum of several MLPs is one as wide as all
-        self.shared_mlp = MLPS[config.mlp](config, shared * hidden) if shared else None
-
-    def forward(self, x, memory: Memory, cache: KVCache | None = None):
-        y = x + self.attn(self.ln_1(x), memory, cache)  # (s, B, T, C)
-        normed = self.ln_2(y)
-        z = y + self.mlp(normed)
-        if self.shared_mlp is not None:
-            z = z + self.shared_mlp(normed)
-        return self.merge(z)  # (B, T, C)
-
-    def flops_per_token(self, T: int) -> int:
-        """Beyond its linear layers, each once, and its attention: all channels use the shared MLPs."""
-        return (self.channels - 1) * flops(self.shared_mlp, 0) if self.shared_mlp is not None else 0
-
-
 CHOICES = {
     'compression': COMPRESSIONS,
     'block_order': ('interleaved', 'serial'),
@@ -611,11 +511,12 @@ class Hierarchy(LanguageModel):
     def __init__(self, config: HierarchyConfig, seed: int | None = None):
         """seed: of the initial weights; None draws one from torch's global generator (torch.manual_seed)."""
         super().__init__()
-        self.config, self.stack, self.context_limit = config, config.stack(), config.context_limit()
+        self.config, self.stack = config, config.stack()
+        self.context_limit, self.padding = config.block_size, 'right'  # groups begin at the first token
         tokens, n = config.at(0), config.levels
         self.transformer = nn.ModuleDict(
             {
-                'wte': nn.Embedding(config.vocab_size, tokens.n_embd),
+                'wte': TokenTable(config.vocab_size, tokens.n_embd),
                 # by length: a level's are those of the encoder and of the decoder
                 'wpe': nn.ModuleList([POSITIONS[config.position](config.at(r)) for r in range(n + 1)]),
                 'drop': nn.Dropout(config.dropout),
@@ -657,7 +558,7 @@ class Hierarchy(LanguageModel):
         levels = ' > '.join(f'{K} x {width}' for K, width in zip(c.lengths, d, strict=True))
         parts = ', '.join(f'{name} {n / 1e6:.2f}M' for name, n in self.parts().items() if n >= 5000)
         return (
-            f'hierarchy of {c.groups} groups, {levels}, {c.plan_name}, {c.n_layer} latent blocks, '
+            f'hierarchy of {c.groups} groups, {levels}, {c.attention}, {c.n_layer} latent blocks, '
             f'{c.n_head} heads, {self.num_params() / 1e6:.2f}M parameters ({parts})'
         )
 
@@ -744,7 +645,7 @@ class Hierarchy(LanguageModel):
                 f'{T} tokens are no whole groups of {self.config.group_size}: train on block_size'
             )
         hidden, latents, thought = self.run(idx, Piece(self.config, 0, T, idx.device, None))
-        loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=-1)
+        loss = self.loss(hidden, targets)
         predicted = self.transformer.predict(thought)[:, :-1].float()
         cosine = F.cosine_similarity(predicted, latents[:, 1:].detach().float(), dim=-1)
         weight = self.config.latent_loss * (progress / LATENT_WARMUP).clamp(max=1)

@@ -13,7 +13,7 @@ import ast
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -24,11 +24,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from hierarchy import Hierarchy, HierarchyConfig
-from layers.leap import WindowedAttention
+from layers.spec import canonical
 from model import GPT, GPTConfig
+from shape import HierarchyShape
 
 # what transformers calls the cache that goes into forward and comes out of it: renamed in 5.24
 CACHE_NAME = 'cache' if 'cache' in {f.name for f in fields(CausalLMOutputWithPast)} else 'past_key_values'
+
+
+def fields_of(config_class) -> dict:
+    """The annotations of a config's fields, for a class body of transformers' kind; a number may be whole."""
+    kinds = get_type_hints(config_class)
+    names = [f.name for f in fields(config_class) if f.name != 'vocab_used']
+    return {name: float | int if kinds[name] is float else kinds[name] for name in names}
 
 
 @strict
@@ -46,27 +54,21 @@ class ReflexConfig(PreTrainedConfig):
         'max_position_embeddings': 'block_size',
         'n_positions': 'block_size',
     }
-
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 6
-    n_head: int = 8
-    n_embd: int = 768
-    dropout: float | int = 0.0
-    bias: bool = False
-    attention: str = 'vanilla'
-    head_split: str = '4-2-2'
-    windows: str = 'auto'
-    norm: str = 'layernorm'
-    mlp: str = 'gelu'
-    position: str = 'learned'
-    qk_norm: bool = False
+    __annotations__ |= fields_of(GPTConfig)
+    vars().update({f.name: f.default for f in fields(GPTConfig) if f.name != 'vocab_used'})
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        if all(isinstance(text, str) for text in (self.attention, self.head_split, self.windows)):
+            self.attention = canonical(self.attention, self.head_split, self.windows)
+            self.head_split = self.windows = ''  # older spellings, of older exports
+        self.tied = self.tie_word_embeddings = bool(self.tied and self.tie_word_embeddings)
+        super().__post_init__(**kwargs)
 
     def gpt_config(self) -> GPTConfig:
         names = {f.name for f in fields(self.of)} - {'vocab_used'}
@@ -75,8 +77,6 @@ class ReflexConfig(PreTrainedConfig):
     def validate_gpt(self):
         """transformers calls every validate_… when a config is made: what does not fit is refused there."""
         self.gpt_config()
-        if not self.tie_word_embeddings:
-            raise ValueError('tie_word_embeddings=False: lm_head and wte are one tensor in these models')
 
 
 @strict
@@ -94,9 +94,9 @@ class LeapConfig(ReflexConfig):
         if initializer_range != 0.02:
             raise ValueError(f'initializer_range={initializer_range}: these models start with 0.02')
         if window_sizes is not None:
-            self.windows = '-'.join(str(window or 0) for window in window_sizes)
+            self.attention = f'leap({"-".join(str(window or 0) for window in window_sizes)})'
         if not use_local_att:
-            self.windows = 'global'
+            self.attention = 'leap(global)'
         super().__post_init__(**kwargs)
 
 
@@ -106,25 +106,8 @@ class HierarchicalConfig(ReflexConfig):
 
     model_type = 'reflex_hierarchy'
     of: ClassVar = HierarchyConfig
-
-    groups: int = 16
-    latents: str = '16-2'
-    widths: str = '64-128-768'
-    compression: str = 'perceiver'
-    compress_blocks: int = 2
-    local_blocks: str = '1'
-    global_blocks: str = '1'
-    block_order: str = 'interleaved'
-    upsample: str = 'repeat'
-    skip: str = 'sum'
-    dense: bool = False
-    channels: int = 1
-    channel_every: int = 1
-    channel_mlp: float | int = 1.0
-    channel_shared_kv: bool = False
-    channel_shared_mlps: int = 0
-    channel_merge: str = 'softmax'
-    latent_loss: float | int = 0.0
+    __annotations__ |= fields_of(HierarchyShape)
+    vars().update({f.name: f.default for f in fields(HierarchyShape)})
 
 
 class ReflexCache(TransformersCache):
@@ -195,7 +178,6 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ReflexConfig):
         super().__init__(config)
         self.gpt = self._core(config.gpt_config())
-        self.averages = any(isinstance(module, WindowedAttention) for module in self.gpt.modules())
         for module in self.gpt.modules():
             module._is_hf_initialized = not self.gpt.lm_head.weight.is_meta  # GPT has drawn its weights
         self.post_init()
@@ -243,10 +225,10 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
 
         The cache goes by either name that transformers has for it, cache or past_key_values.
 
-        attention_mask (B, S): 0 for padding, which may stand on either side (with LEAP and additive
-        attention not between tokens); position_ids (B, T): by default the number of real tokens before.
-        labels (B, T) as input_ids, -100 where none counts. use_cache: None means no cache, as a
-        plain forward pass needs none.
+        attention_mask (B, S): 0 for padding, which may stand where the model's attentions allow it (`padding`
+        in layers/contract.py); position_ids (B, T): by default the number of real tokens before. labels (B,
+        T) as input_ids, -100 where none counts. use_cache: None means no cache, as a plain forward pass needs
+        none.
         """
         for asked in ('output_attentions', 'output_hidden_states', 'inputs_embeds'):
             value = kwargs.pop(asked, None)
@@ -268,13 +250,20 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             real = attention_mask.bool()
             starts = real[:, 1:] > real[:, :-1]  # (B, S - 1): padding, then a token
-            if not starts.any():
-                real = None  # all padding is on the right, where nobody looks
-            elif self.averages and (starts.sum(dim=1) + real[:, 0] > 1).any():
+            padded_before = starts.any()
+            if padded_before and self.gpt.padding == 'right':
                 raise ValueError(
-                    'padding stands between tokens: it would take up places in the windows of this '
-                    'attention, and what was averaged cannot be taken back; pad on the left'
+                    f'padding stands before tokens, and attention={self.config.attention!r} in a '
+                    f'{type(self).__name__} does not keep it out: padding goes to the right alone'
                 )
+            if self.gpt.padding == 'left' and (starts.sum(dim=1) + real[:, 0] > 1).any():
+                raise ValueError(
+                    f'padding stands between tokens, and attention={self.config.attention!r} would count it '
+                    'as a token; pad on the left'
+                )
+            # on the right nobody looks, but a cache would keep it for the tokens to come
+            if not padded_before and (cache is None or self.gpt.padding == 'right'):
+                real = None
             elif position_ids is None:
                 position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]
         if position_ids is not None:
@@ -282,7 +271,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         state = cache.state if cache is not None else None
         hidden = self.gpt.hidden(input_ids, state, position_ids, real)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.gpt.lm_head(hidden[:, keep])
+        logits = self.gpt.logits(hidden[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

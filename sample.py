@@ -9,16 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from configurator import ConfigError, configure, run_program
-from data.tokenizer import from_spec
-from runs import checkpoint
-from runs.system import autocast_for, pick_device, pick_dtype
+from configurator import ConfigError, check_command_line, configure, run_program
 
 
 @dataclass(frozen=True)
@@ -41,46 +34,15 @@ class Knobs:
     threads: int = 0  # CPU threads; 0 = torch's choice
 
 
-def stream_text(
-    model, tokenizer, prompt, max_new_tokens, stop_token=None, stop=(), **options
-) -> Iterator[str]:
-    """The text that continues prompt (1, T): a piece per token, and one more at the end.
+if __name__ == '__main__':
+    check_command_line(Knobs, __doc__)  # before torch is imported, which takes seconds
 
-    It ends before the token stop_token and before any of the texts in stop. options as of GPT.stream. A token
-    may end inside a character, and a text inside a stop: such a tail is held back until it is known.
-    """
-    ids = prompt[0, -1:].tolist()  # a tokenizer may drop the space that a text begins with: begin before it
-    shown, held = tokenizer.decode(ids).rstrip('\ufffd'), ''
-    for token in model.stream(prompt, max_new_tokens, **options):
-        if int(token) == stop_token:
-            yield ''
-            break
-        ids.append(int(token))
-        text = tokenizer.decode(ids)
-        ready = text.rstrip('\ufffd')
-        held += ready[len(shown) :]
-        found = [held.index(s) for s in stop if s in held]
-        if found:
-            yield held[: min(found)]
-            held, ids, shown = '', [], ''
-            break
-        keep = max((n for s in stop for n in range(len(s)) if held.endswith(s[:n])), default=0)
-        yield held[: len(held) - keep]
-        held, shown = held[len(held) - keep :], ready
-        if text.endswith('\n'):  # decode line by line, so that the cost per token stays bounded
-            ids = ids[-1:]
-            shown = tokenizer.decode(ids)
-    yield held + tokenizer.decode(ids)[len(shown) :]
+import torch
 
-
-def read_prompt(start: str) -> str:
-    if not start.startswith('FILE:'):
-        return start
-    path = Path(start[len('FILE:') :])
-    try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f'start={start!r}: {path} cannot be read as UTF-8 text ({e})') from None
+from data.tokenizer import from_spec
+from runs.models import load_model
+from runs.system import autocast_for, pick_device, pick_dtype
+from runs.text import document_start, read_prompt, stream_text
 
 
 def read_stops(stop: str, tokenizer) -> tuple[int | None, list[str]]:
@@ -89,13 +51,6 @@ def read_stops(stop: str, tokenizer) -> tuple[int | None, list[str]]:
     if 'eot' in texts and tokenizer.eot is None:
         raise ConfigError(f'stop={stop!r}: this {tokenizer.kind} tokenizer has no end-of-text token')
     return tokenizer.eot if 'eot' in texts else None, [text for text in texts if text != 'eot']
-
-
-def document_start(state: dict, tokenizer) -> list[int]:
-    """The tokens that a document begins after: the data's own, else the end of the one before."""
-    begin = state.get('begin')
-    begin = tokenizer.eot if begin is None else begin
-    return [] if begin is None else [begin]
 
 
 def main(argv: list[str]) -> int:
@@ -113,7 +68,7 @@ def main(argv: list[str]) -> int:
     dtype = pick_dtype(k.dtype, device)
     if k.threads:
         torch.set_num_threads(k.threads)
-    model, state = checkpoint.load_model(k.out_dir, k.checkpoint, device)
+    model, state = load_model(k.out_dir, k.checkpoint, device)
     if state['tokenizer'] is None:
         raise ConfigError(
             f'{k.out_dir} was trained on plain token files: no tokenizer is known to decode with'

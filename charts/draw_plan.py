@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import ConfigError, configure, run_program
-from train import Knobs, check, model_config
+from runs.knobs import Knobs, check, model_config
 
 OWN = '#dbe5f1'  # the colour of a head that reads its own layer
 LAGGED = [
@@ -99,12 +99,11 @@ def svg(config, title: str) -> str:
 
 def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
-    split = f' {k.head_split}' if k.attention in ('reflex', 'first', 'first_residual') else ''
     check(k)
-    try:
-        print(svg(model_config(k, vocab_size=64, vocab_used=64), k.attention + split))
-    except ValueError as e:  # not every attention has one
-        raise ConfigError(f'there is no plan to draw: {e}') from None
+    config = model_config(k, vocab_size=64, vocab_used=64)
+    if config.head_plan() is None:
+        raise ConfigError(f'attention={k.attention!r} has no head plan to draw')
+    print(svg(config, k.attention))
     return 0
 
 

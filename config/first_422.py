@@ -1,4 +1,3 @@
 # Four own heads, two of the layer before, two of layer 0.
 # python train.py config/first_422.py
-attention = 'first'
-head_split = '4-2-2'
+attention = 'layer0(4-2-2)'

@@ -1,4 +1,3 @@
 # Six own heads; two read keys and values of layer 0.
 # python train.py config/first_62.py
-attention = 'first'
-head_split = '6-2'
+attention = 'layer0(6-2)'

@@ -1,4 +1,3 @@
 # An option of the hierarchy: reflex attention in the latent stack.
 # python train.py config/hierarchy.py config/hierarchy_reflex.py
-attention = 'reflex'
-head_split = '4-2-2'
+attention = 'reflex(4-2-2)'

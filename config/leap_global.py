@@ -1,4 +1,3 @@
 # LEAP without windows: every layer averages over all tokens so far.
 # python train.py config/leap_global.py
-attention = 'leap'
-windows = 'global'
+attention = 'leap(global)'

@@ -1,8 +1,7 @@
 # A small reflex GPT on the Python standard library's own sources: two minutes on two CPU cores, no network.
 # python train.py config/quickstart.py
 dataset = 'stdlib'
-attention = 'reflex'
-head_split = '4-2-2'
+attention = 'reflex(4-2-2)'
 n_embd = 128
 block_size = 128
 batch_size = 16

@@ -1,4 +1,3 @@
 # Own values throughout; two heads take the keys of the layer before, two those of the one before that.
 # python train.py config/reflex_keys.py
-attention = 'reflex'
-head_split = '4-2-2/8'  # keys/values
+attention = 'reflex(4-2-2/8)'  # keys/values

@@ -1,1 +1,1 @@
-"""From text to token files and back: tokenizers, sources, readers, and a folder per data set."""
+"""From text to token files and back: sources, tokenizers, readers, and a folder per data set."""

@@ -8,8 +8,8 @@
 - encode: the tokenizer alone, on text in memory, to an array
 
 Every round runs each arm once, in a process of its own. Speed is bytes of text per second of CPU time, and of
-wall time; memory is what the arm took at its peak beyond its imports. The token files of the first two are
-compared.
+wall time; memory is what the arm took at its peak beyond its imports. The token files of the first two must
+be equal.
 """
 
 import argparse
@@ -22,26 +22,33 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import run_program
 from data import corpus
-from data.sources import file_source, paths, text_sha256
+from data.files import CorpusError, text_sha256
+from data.scripts import Parser, whole
+from data.sources import file_source, paths
 from data.tokenizer import load
 
+Arm = tuple[Path | None, Callable[[], Any]]  # the token file, and the function that makes it
 
-def prepare(text, folder):
-    """This repository's way -> (file of tokens, function that does it)."""
+
+def our_way(text: str, folder: Path) -> Arm:
+    """As the prepare.py scripts do it."""
     val = folder / 'val.txt'
-    val.write_text('prepare makes no split without the other', encoding='utf-8')
+    val.write_text('there is no training split without a validation split', encoding='utf-8')
     splits = {'train': [file_source(text)], 'val': [file_source(str(val))]}
     load('gpt2')
     return folder / 'train.bin', lambda: corpus.prepare(folder, 'gpt2', splits, num_proc=1)
 
 
-def datasets_map(text, folder):
+def datasets_map(text: str, folder: Path) -> Arm:
     """The usual way, as in nanoGPT: an Arrow cache of the text, one of the ids, and a memmap."""
     import datasets
     import tiktoken
@@ -50,11 +57,11 @@ def datasets_map(text, folder):
     encoding = tiktoken.get_encoding('gpt2')
     out = folder / 'train.bin'
 
-    def encode(row):
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
         ids = [*encoding.encode_ordinary(row['text']), encoding.eot_token]
         return {'ids': ids, 'count': len(ids)}
 
-    def work():
+    def work() -> None:
         rows = datasets.load_dataset(
             'json', data_files=[text], split='train', cache_dir=str(folder / 'cache')
         )
@@ -72,12 +79,12 @@ def datasets_map(text, folder):
     return out, work
 
 
-def encode_only(text, folder):
+def encode_only(text: str, folder: Path) -> Arm:
     """The tokenizer alone."""
     tokenizer = load('gpt2')
     batches = [pieces for pieces, _, _ in corpus.chunks([file_source(text)])]
 
-    def work():
+    def work() -> None:
         for pieces in batches:
             for ids in tokenizer.encode_utf8_batch(pieces):
                 np.asarray(ids, np.uint16)
@@ -85,11 +92,11 @@ def encode_only(text, folder):
     return None, work
 
 
-ARMS = {'prepare': prepare, 'map': datasets_map, 'encode': encode_only}
+ARMS = {'prepare': our_way, 'map': datasets_map, 'encode': encode_only}
 
 
-def peak_mib():
-    """Peak resident memory of this process in MiB; nan where the platform does not tell."""
+def peak_mib() -> float:
+    """Peak resident memory of this process in MiB; nan if the platform does not tell."""
     try:
         import resource
     except ImportError:
@@ -99,8 +106,8 @@ def peak_mib():
     )
 
 
-def run_arm(name, text, folder):
-    """Runs one arm in this process -> its figures, JSON-able."""
+def measure(name: str, text: str, folder: Path) -> dict[str, Any]:
+    """Run one arm in this process; its figures, JSON-able."""
     out, work = ARMS[name](text, folder)
     base, cpu, wall = peak_mib(), time.process_time(), time.perf_counter()
     work()
@@ -110,8 +117,8 @@ def run_arm(name, text, folder):
     return {'cpu': cpu, 'wall': wall, 'memory': peak_mib() - base, 'disk': disk / 1e6, 'sha256': digest}
 
 
-def as_jsonl(given, path):
-    """All the text as one .jsonl file -> bytes of text."""
+def as_jsonl(given: list[str], path: Path) -> int:
+    """Write all the text to one .jsonl file; the bytes of text."""
     size = 0
     with path.open('w', encoding='utf-8', newline='\n') as file:
         for name in given:
@@ -121,21 +128,19 @@ def as_jsonl(given, path):
     return size
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(argv: list[str]) -> int:
+    parser = Parser(__doc__)
     parser.add_argument(
-        '--files', nargs='+', help='the text; the standard library of this Python unless given'
+        '--files', nargs='+', action='extend', help='the text (the standard library of this Python)'
     )
-    parser.add_argument('--rounds', type=int, default=3, help='times that every arm runs (3)')
+    parser.add_argument('--rounds', type=whole(1), default=3, help='times that every arm runs (3)')
     parser.add_argument('--arm', choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument('--text', help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.arm:
         with tempfile.TemporaryDirectory(dir=Path(args.text).parent) as folder:
-            print('\n' + json.dumps(run_arm(args.arm, args.text, Path(folder))))
-        return
+            print('\n' + json.dumps(measure(args.arm, args.text, Path(folder))))
+        return 0
 
     given = args.files or sorted(Path(sysconfig.get_path('stdlib')).glob('*.py'))
     with tempfile.TemporaryDirectory() as folder:
@@ -144,20 +149,20 @@ def main():
         print(
             f'{size / 1e6:.1f} MB of text, {args.rounds} rounds, {platform.processor() or platform.machine()}'
         )
-        figures = {name: [] for name in ARMS}
+        figures: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
         for _ in range(args.rounds):
             for name, runs in figures.items():
                 command = [sys.executable, __file__, '--arm', name, '--text', str(text)]
                 environment = {**os.environ, 'HF_DATASETS_OFFLINE': '1'}
-                # its errors are not caught: they are seen
+                # stderr is not captured, so that its errors are seen
                 done = subprocess.run(
                     command, stdout=subprocess.PIPE, text=True, env=environment, check=False
                 )
                 if done.returncode:
-                    sys.exit(f'the arm {name} ended with {done.returncode}')
+                    raise CorpusError(f'the arm {name} ended with {done.returncode}: its error is above')
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
     if {run['sha256'] for run in figures['prepare']} != {run['sha256'] for run in figures['map']}:
-        sys.exit('the two token files differ')
+        raise CorpusError('the token files of prepare and map differ')
     print('arm        MB/s of CPU   the best   MB/s of wall   memory MiB   disk MB   (medians, but the best)')
     for name, runs in figures.items():
         middle = {
@@ -168,7 +173,8 @@ def main():
             f'{size / 1e6 / seconds:8.1f}' for seconds in (middle['cpu'], best, middle['wall'])
         )
         print(f'{name:8} {speeds}   {middle["memory"]:10.0f}   {middle["disk"]:7.0f}')
+    return 0
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run_program(main)

@@ -1,19 +1,21 @@
-"""Text to token files: the one path that every `data/*/prepare.py` takes.
+"""Text to token files: the one path that every prepare.py takes.
 
     sources -> pieces of text -> chunks of about 4 MB -> tokens, on all cores -> train.bin, val.bin, meta.json
 
-Memory does not grow with the corpus: sources are read as streams, and two chunks more than workers are under
-way. A chunk is a file of its own in `.prepare/` until all are there, so a killed run goes on where it
-stopped, and nothing looks finished before meta.json, which is written last. What a chunk holds depends on the
-text alone: the token files are the same byte for byte however many processes made them, and however often
-they were killed.
+A split of more than SHARD_TOKENS tokens is written as several files, train_000.bin and so on.
+
+Memory does not grow with the corpus: sources are read as streams, and at most two chunks more than there are
+workers are in memory. A chunk is a file of its own in `.prepare/` until all chunks are there, so a killed
+preparation goes on where it stopped, and nothing looks finished before meta.json, which is written last. What
+a chunk holds depends on the text alone: the token files are the same byte for byte however many processes
+made them, and however often they were killed.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,54 +31,68 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data.files import CorpusError, named, one_line
 from data.sources import (
     ENDS,
     PIECE,
     STARTS,
-    CorpusError,
+    Piece,
+    Source,
+    Splits,
     TextFile,
-    download,
     estimate,
-    file_source,
-    hub_sources,
     identity,
-    named,
-    one_line,
-    paths,
     stored_files,
-    text_size,
 )
-from data.tokendata import DTYPES, FORMAT, JOB, META, WORK, DataError, dtype_for, open_data, read_json
-from data.tokenizer import Chars, TokenizerError, from_spec, load, train_bpe
+from data.tokendata import (
+    DTYPES,
+    FORMAT,
+    JOB,
+    JOB_SHAPE,
+    META,
+    SPLITS,
+    WORK,
+    DataError,
+    Meta,
+    dtype_for,
+    open_data,
+    read_if_whole,
+    token_files,
+)
+from data.tokenizer import Chars, Tokenizer, from_spec, load, train_bpe
+from declared import LINE, Object, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 1 << 22  # bytes of text: what a worker takes at a time
 BATCH = 1 << 20  # bytes of text whose ids are Python integers at the same time
 FIT_BYTES = 1 << 30  # bytes of the training split that a BPE is trained on at most: the first
 SMALL = 1 << 24  # bytes of text that are not worth starting processes for
-TINY_SHAKESPEARE = (
-    'https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/'
-    'data/tinyshakespeare/input.txt',
-    '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',
-)
+SHARD_TOKENS = 10**9  # of a token file at most: 2 GB of uint16
+TOKEN_FILE = re.compile(rf'({"|".join(SPLITS)})(_\d{{3,}})?\.bin')
+CHUNK_FORMAT = 2  # of the files in .prepare: chunks of another one are not used
+TOKENS, BYTES, FLAGS, KEY = range(4)  # columns of a chunk's table, which has a row for each piece
+
+Position = tuple[int, int]  # (source, piece of it): where to go on, without a look into the sources before
+Chunk = tuple[list[bytes], list[int], Position]  # pieces, their flags, the position after them
 
 
 # Encoding -------------------------------------------------------------------
 
 
-def chunks(sources, at=(0, 0)):
-    """The pieces of all sources from position `at` on, in chunks -> (pieces, flags, position after).
-
-    A position is (source, piece of it), so that going on needs no look into the sources before.
-    """
-    pieces, flags, size = [], [], 0
+def chunks(sources: list[Source], at: Position = (0, 0)) -> Iterator[Chunk]:
+    """The pieces of all sources from position `at` on, in chunks."""
+    pieces: list[bytes] = []
+    flags: list[int] = []
+    size = 0
     for i in range(at[0], len(sources)):
-        with named(sources[i]):
+        with named(sources[i].path):
             for j, (piece, flag) in enumerate(sources[i].pieces()):
                 if (i, j) < at:
                     continue
@@ -91,42 +107,55 @@ def chunks(sources, at=(0, 0)):
 
 
 @lru_cache(maxsize=1)
-def stored_tokenizer(spec_path, fingerprint):
-    """The tokenizer of the spec in that file, which is the one with that fingerprint."""
-    spec = json.loads(Path(spec_path).read_text(encoding='utf-8'))
+def stored_tokenizer(spec_path: Path, fingerprint: str) -> Tokenizer:
+    """The tokenizer of the spec in that file, which must have that fingerprint."""
+    spec = read_json(spec_path, Object())
     return from_spec({**spec, 'fingerprint': fingerprint})
 
 
-def encode_chunk(path, spec, pieces, flags, after, begin, end):
-    """Encodes a chunk to the file `path`: tokens, a row (tokens, bytes, flags) per piece, the position after.
+def encode_chunk(
+    path: Path,
+    spec: tuple[Path, str],
+    pieces: list[bytes],
+    flags: list[int],
+    after: Position,
+    begin: int | None,
+    end: int | None,
+) -> int:
+    """Encode a chunk to the file `path`: tokens, a table with a row per piece, the position after it.
 
     - spec: the file and the fingerprint of the tokenizer
-    - begin, end: ids put before and after every document, or None
+    - begin, end: ids put before and after every document that has text, or None
 
     Returns the bytes of text.
     """
     tokenizer = stored_tokenizer(*spec)
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
-    arrays, low = [], 0
+    arrays: list[NDArray[Any]] = []
+    low = 0
     while low < len(pieces):
         high, size = low, 0
         while high < len(pieces) and (size == 0 or size + len(pieces[high]) <= BATCH):
             size += len(pieces[high])
             high += 1
-        for ids, flag in zip(tokenizer.encode_utf8_batch(pieces[low:high]), flags[low:high], strict=True):
-            first = [begin] if begin is not None and flag & STARTS else []
-            last = [end] if end is not None and flag & ENDS else []
+        encoded = tokenizer.encode_utf8_batch(pieces[low:high])
+        for piece, ids, flag in zip(pieces[low:high], encoded, flags[low:high], strict=True):
+            empty = not piece and flag == STARTS | ENDS
+            first = [begin] if begin is not None and flag & STARTS and not empty else []
+            last = [end] if end is not None and flag & ENDS and not empty else []
             arrays.append(np.concatenate([np.asarray(part, dtype) for part in (first, ids, last)]))
         low = high
     sizes = [len(piece) for piece in pieces]
-    table = np.array([[len(a) for a in arrays], sizes, flags], np.int64).T
+    hashes = b''.join(hashlib.blake2b(piece, digest_size=8).digest() for piece in pieces)
+    keys = np.frombuffer(hashes, '<i8')
+    table = np.array([[len(a) for a in arrays], sizes, flags, keys], np.int64).T
     with replacing(path) as file:
         np.savez(file, tokens=np.concatenate(arrays), table=table, after=np.array(after))
     return sum(sizes)
 
 
 @contextmanager
-def replacing(path):
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under its name complete or not at all."""
     temporary = Path(f'{path}.{os.getpid()}')
     try:
@@ -139,18 +168,20 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, content):
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode('utf-8'))
+        file.write(text.encode('utf-8', 'backslashreplace'))  # a file name may have bytes that are not UTF-8
 
 
-def _start_worker():
+def _start_worker() -> None:
     """Workers leave Ctrl-C to the parent, use one thread each, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
 
-    def end_with_parent():
-        parent_process().join()
+    def end_with_parent() -> None:
+        if parent := parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -159,46 +190,67 @@ def _start_worker():
 class Inline(Executor):
     """An executor that works at once, in this process."""
 
-    def submit(self, function, /, *args):
-        future = Future()
-        future.set_result(function(*args))
+    def submit(self, function: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **more))
         return future
 
 
-def encode_split(folder, sources, spec, executor, under_way, bar, begin, end):
-    """Encodes the chunks of a split that are not there yet to folder/000000.npz and so on -> their paths."""
+def encode_split(
+    folder: Path,
+    sources: list[Source],
+    spec: tuple[Path, str],
+    executor: Executor,
+    in_flight: int,
+    bar: tqdm,
+    begin: int | None,
+    end: int | None,
+) -> list[Path]:
+    """Encode the chunks of a split that are missing to folder/000000.npz and so on; the paths of all.
+
+    in_flight: how many chunks may wait for a worker or be with one.
+    """
     folder.mkdir(exist_ok=True)
-    done, after = [], (0, 0)
+    done: list[Path] = []
+    after = (0, 0)
     while (path := folder / f'{len(done):06d}.npz').is_file():
-        table, position = load_chunk(path, 'table', 'after')
-        after = tuple(position.tolist())
+        table, (source, piece) = read_chunk(path, 'table', 'after')
+        after = int(source), int(piece)
         done.append(path)
-        bar.update(int(table[:, 1].sum()))
-    pending = set()
+        bar.update(int(table[:, BYTES].sum()))
+    pending: set[Future[int]] = set()
     for pieces, flags, after_this in chunks(sources, after):
         path = folder / f'{len(done):06d}.npz'
         arguments = (path, spec, pieces, flags, after_this, begin, end)
         pending.add(executor.submit(encode_chunk, *arguments))
         done.append(path)
-        while len(pending) > under_way:
+        while len(pending) > in_flight:
             pending = _collect(pending, bar)
     while pending:
         pending = _collect(pending, bar)
     return done
 
 
-def encode_splits(work, splits, spec, text_bytes, num_proc, begin, end):
-    """Encodes every split with that many processes, behind a bar -> {split: paths of its chunks}."""
-    if num_proc == 1 or text_bytes < SMALL:
-        executor, under_way = Inline(), 0
-    else:
-        executor, under_way = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker), num_proc + 2
+def encode_splits(
+    work: Path,
+    splits: Splits,
+    spec: tuple[Path, str],
+    text_bytes: int,
+    num_proc: int,
+    begin: int | None,
+    end: int | None,
+) -> dict[str, list[Path]]:
+    """Encode every split with that many processes, and show a bar; the paths of the chunks of each split."""
+    executor: Executor = Inline()
+    in_flight = 0
+    if num_proc > 1 and text_bytes >= SMALL:
+        executor, in_flight = ProcessPoolExecutor(num_proc, get_context('spawn'), _start_worker), num_proc + 2
     often = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=text_bytes, unit='B', unit_scale=True, desc=work.parent.name, mininterval=often)
     done = {}
     try:
         for split, sources in splits.items():
-            done[split] = encode_split(work / split, sources, spec, executor, under_way, bar, begin, end)
+            done[split] = encode_split(work / split, sources, spec, executor, in_flight, bar, begin, end)
         bar.total = bar.n  # the total was an estimate
     except BrokenProcessPool as error:
         raise CorpusError(
@@ -211,8 +263,8 @@ def encode_splits(work, splits, spec, text_bytes, num_proc, begin, end):
     return done
 
 
-def _collect(pending, bar):
-    """Waits for one of the chunks under way -> those that still are."""
+def _collect(pending: set[Future[int]], bar: tqdm) -> set[Future[int]]:
+    """Wait for one of the chunks in flight; those that still are."""
     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
     for future in finished:
         bar.update(future.result())
@@ -222,15 +274,15 @@ def _collect(pending, bar):
 # The tokenizer --------------------------------------------------------------
 
 
-def fitted(name):
+def fitted(name: str) -> bool:
     """Whether a tokenizer of this name is made from the corpus."""
     return name == 'chars' or name.startswith('bpe:')
 
 
-def fit(name, splits, holdout):
+def fit(name: str, splits: Splits, holdout: 'Holdout | None') -> Tokenizer:
     """The tokenizer made from the corpus: 'chars' from all splits, 'bpe:N' from the training split."""
     if name == 'chars':
-        seen = set()
+        seen: set[str] = set()
         for sources in splits.values():
             for text in _texts(sources):
                 seen.update(text)
@@ -238,21 +290,23 @@ def fit(name, splits, holdout):
     size = name.removeprefix('bpe:')
     if not size.isdecimal():
         raise CorpusError(f'{name!r}: a BPE is asked for with its vocabulary size, as in bpe:4096')
-    held = frozenset()
+    held: frozenset[int] = frozenset()
     if holdout:
         count = sum(bool(flag & ENDS) for _, flag in _pieces(splits['train']))
         held = frozenset(holdout.documents(count).tolist())
     return train_bpe(_texts(splits['train'], held, FIT_BYTES), int(size))
 
 
-def _pieces(sources):
+def _pieces(sources: list[Source]) -> Iterator[Piece]:
     for source in sources:
-        with named(source):
+        with named(source.path):
             yield from source.pieces()
 
 
-def _texts(sources, held=frozenset(), at_most=math.inf):
-    """The texts of the sources' pieces, documents `held` left out, until `at_most` bytes."""
+def _texts(
+    sources: list[Source], held: frozenset[int] = frozenset(), at_most: float = math.inf
+) -> Iterator[str]:
+    """The texts of the sources' pieces, without the documents `held`, until `at_most` bytes."""
     document = size = 0
     for piece, flag in _pieces(sources):
         if document not in held:
@@ -268,47 +322,73 @@ def _texts(sources, held=frozenset(), at_most=math.inf):
 
 @dataclass(frozen=True)
 class Holdout:
-    """The documents held out for validation: those of `train_test_split(fraction, seed=seed)` in `datasets`,
-    in its order. The rest keeps the order of the corpus, which that function shuffles."""
+    """The documents held out for validation: those of `train_test_split(fraction, seed=seed)` of `datasets`,
+    in its order. The others keep the order of the corpus, which that function shuffles."""
 
     fraction: float
     seed: int
 
-    def documents(self, count):
+    def documents(self, count: int) -> NDArray[np.int64]:
         """Their numbers among `count` documents, in the order of the validation split."""
         held = math.ceil(self.fraction * count)
         if not 0 < held < count:
             raise CorpusError(
-                f'holding out {self.fraction} of {count} document(s) leaves a split empty: give --val_files, '
-                'or cut one text by position with data/shakespeare/prepare.py --files'
+                f'holding out {self.fraction} of {count} document(s) leaves a split empty: give --val_files'
             )
-        return np.random.default_rng(self.seed).permutation(count)[:held].copy()
+        order = np.random.default_rng(self.seed).permutation(count)
+        return np.array(order[:held], np.int64)
 
 
-class Split:
-    """A token file as it is written: counts and SHA-256."""
+class TokenWriter:
+    """The token file of a split as it is written, or its shards: counts, and the SHA-256 of each."""
 
-    def __init__(self, path):
-        self.file, self.digest = open(path, 'wb'), hashlib.sha256()
-        self.tokens = self.documents = self.bytes = 0
+    def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
+        """shard_tokens: the most tokens of a file; 0 is no bound"""
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        self.shards: list[dict[str, Any]] = []  # that are complete
+        self._begin_shard()
+        self.tokens = self.documents = self.empty = self.bytes = 0
 
-    def write(self, tokens, documents, size):
-        block = np.ascontiguousarray(tokens).data
-        self.file.write(block)
-        self.digest.update(block)
+    def write(self, tokens: NDArray[Any], table: NDArray[np.int64]) -> None:
+        """Append tokens (n,), which are those of the pieces in `table`."""
+        written = 0
+        while written < len(tokens):
+            if self.shard_tokens and self.in_shard == self.shard_tokens:
+                self._end_shard()
+                self._begin_shard()
+            room = self.shard_tokens - self.in_shard if self.shard_tokens else len(tokens)
+            part = np.ascontiguousarray(tokens[written : written + room])
+            self.file.write(part.data)
+            self.digest.update(part.data)
+            self.in_shard += len(part)
+            written += len(part)
+        empty = (table[:, FLAGS] == STARTS | ENDS) & (table[:, BYTES] == 0)
         self.tokens += len(tokens)
-        self.documents += int(documents)
-        self.bytes += int(size)
+        self.documents += int((table[~empty, FLAGS] & ENDS > 0).sum())
+        self.empty += int(empty.sum())
+        self.bytes += int(table[:, BYTES].sum())
 
-    def finish(self):
+    def finish(self) -> dict[str, Any]:
+        """Make the files durable; the entry of the split in meta.json."""
+        self._end_shard()
+        entry = {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes, 'empty': self.empty}
+        if len(self.shards) > 1:
+            return {**entry, 'shards': self.shards}
+        os.replace(self.file.name, self.folder / f'{self.name}.bin')
+        return {**entry, 'sha256': self.shards[0]['sha256']}
+
+    def _begin_shard(self) -> None:
+        self.file = open(self.folder / f'{self.name}_{len(self.shards):03d}.bin', 'wb')
+        self.digest, self.in_shard = hashlib.sha256(), 0
+
+    def _end_shard(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        counts = {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes}
-        return {**counts, 'sha256': self.digest.hexdigest()}
+        self.shards.append({'tokens': self.in_shard, 'sha256': self.digest.hexdigest()})
 
 
-def load_chunk(path, *names):
+def read_chunk(path: Path, *names: str) -> list[NDArray[Any]]:
     """The arrays of these names in a chunk."""
     try:
         with np.load(path) as chunk:
@@ -319,63 +399,144 @@ def load_chunk(path, *names):
         ) from error
 
 
-def join_chunks(work, name, done):
-    """The chunks of a split -> work/name.bin; its entry of meta.json."""
-    split = Split(work / f'{name}.bin')
+def join_chunks(work: Path, name: str, done: list[Path], shard_tokens: int) -> dict[str, Any]:
+    """Join the chunks of a split to token files in `work`; its entry in meta.json."""
+    split = TokenWriter(work, name, shard_tokens)
     for path in done:
-        tokens, table = load_chunk(path, 'tokens', 'table')
-        split.write(tokens, (table[:, 2] & ENDS > 0).sum(), table[:, 1].sum())
+        tokens, table = read_chunk(path, 'tokens', 'table')
+        split.write(tokens, table)
     return split.finish()
 
 
-def join_and_hold_out(work, done, holdout):
-    """The chunks of one corpus -> work/train.bin and work/val.bin; their entries of meta.json."""
-    count = 0
-    for path in done:
-        (table,) = load_chunk(path, 'table')
-        count += int((table[:, 2] & ENDS > 0).sum())
+def held_out(done: list[Path], holdout: Holdout) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The numbers of the documents held out, in the order of val; and of every document, whether it is."""
+    count = sum(len(rows) for rows in document_rows(done))
     order = holdout.documents(count)
     is_held = np.zeros(count, bool)
     is_held[order] = True
-    train, document = Split(work / 'train.bin'), 0
-    tokens_of, bytes_of = Counter(), Counter()  # of the documents held out
+    return order, is_held
+
+
+def join_and_hold_out(
+    work: Path, done: list[Path], order: NDArray[np.int64], is_held: NDArray[np.bool_], shard_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Join the chunks of one corpus to the token files of train and of val; their entries in meta.json.
+
+    order, is_held: as `held_out` gives them
+    """
+    train, document = TokenWriter(work, 'train', shard_tokens), 0
+    rows_of: dict[int, list[list[int]]] = {}  # the table of each document held out
     with open(work / 'held.bin', 'wb') as file:  # in the order of the corpus
         for path in done:
-            tokens, table = load_chunk(path, 'tokens', 'table')
-            ends = table[:, 2] & ENDS > 0
+            tokens, table = read_chunk(path, 'tokens', 'table')
+            ends = table[:, FLAGS] & ENDS > 0
             documents = document + np.cumsum(ends) - ends  # of each piece
             document += int(ends.sum())
             held = is_held[documents]
-            of_held = np.repeat(held, table[:, 0])
+            of_held = np.repeat(held, table[:, TOKENS])
             file.write(tokens[of_held].data)
-            train.write(tokens[~of_held], ends[~held].sum(), table[~held, 1].sum())
+            train.write(tokens[~of_held], table[~held])
             for number, row in zip(documents[held].tolist(), table[held].tolist(), strict=True):
-                tokens_of[number] += row[0]
-                bytes_of[number] += row[1]
-    val, corpus_order = Split(work / 'val.bin'), sorted(tokens_of)
-    ends = np.cumsum([tokens_of[number] for number in corpus_order]).tolist()
-    end_of = dict(zip(corpus_order, ends, strict=True))
-    stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(tokens_of.values()) else tokens[:0]
+                rows_of.setdefault(number, []).append(row)
+    tables = {number: np.array(rows_of[number]) for number in sorted(rows_of)}
+    lengths = [int(table[:, TOKENS].sum()) for table in tables.values()]
+    end_of = dict(zip(tables, np.cumsum(lengths).tolist(), strict=True))
+    stored = np.memmap(work / 'held.bin', tokens.dtype, 'r') if any(lengths) else tokens[:0]
+    val = TokenWriter(work, 'val', shard_tokens)
     for number in order.tolist():
         end = end_of[number]
-        val.write(stored[end - tokens_of[number] : end], 1, bytes_of[number])
+        val.write(stored[end - int(tables[number][:, TOKENS].sum()) : end], tables[number])
     return {'train': train.finish(), 'val': val.finish()}
+
+
+# Documents that splits share ------------------------------------------------
+
+
+def document_rows(done: list[Path]) -> Iterator[NDArray[np.int64]]:
+    """For each chunk (n, 2): the bytes and the key of each document that ends in it.
+
+    The key of a document is the sum of its pieces' hashes of 64 bits; how a document is divided into pieces
+    depends on its text alone.
+    """
+    before = np.zeros((1, 2), np.int64)  # of the pieces of a document that began in a chunk before
+    for path in done:
+        (table,) = read_chunk(path, 'table')
+        sums = before + np.cumsum(table[:, [BYTES, KEY]], axis=0)  # keys wrap around
+        ends = sums[table[:, FLAGS] & ENDS > 0]
+        yield np.diff(ends, axis=0, prepend=0)
+        before = sums[-1:] - (ends[-1:] if len(ends) else 0)
+
+
+def shared_documents(
+    done: dict[str, list[Path]], is_held: NDArray[np.bool_] | None
+) -> dict[str, dict[str, int]]:
+    """How many documents of val and of test are also in the splits before them: {'val': {'train': 3}, ...}.
+
+    is_held: of the documents of 'train', whether they are those of val; None if val has chunks of its own
+    """
+
+    def keys(split: str) -> Iterator[NDArray[np.int64]]:
+        number = 0
+        held = is_held if split in ('train', 'val') else None
+        for rows in document_rows(done['train' if held is not None else split]):
+            wanted = rows[:, 0] > 0  # with text
+            if held is not None:
+                wanted &= held[number : number + len(rows)] == (split == 'val')
+            number += len(rows)
+            yield rows[wanted, 1]
+
+    splits = [split for split in SPLITS if split in done or (split == 'val' and is_held is not None)]
+    found: dict[str, dict[str, int]] = {}
+    for i, split in enumerate(splits[1:], 1):
+        mine, counts = np.unique(np.concatenate([*keys(split), np.zeros(0, np.int64)]), return_counts=True)
+        found[split] = {}
+        for other in splits[:i]:
+            there = np.zeros(len(mine) + 1, bool)  # the last: beyond all of mine
+            for theirs in keys(other):
+                at = np.searchsorted(mine, theirs)
+                there[at[np.append(mine, 0)[at] == theirs]] = True
+            found[split][other] = int(counts[there[:-1]].sum())
+    return found
+
+
+def refuse_training_text(out_dir: Path, entries: dict[str, dict[str, Any]], holdout: Holdout | None) -> None:
+    """CorpusError if all documents of val or of test are in train too."""
+    for split, entry in entries.items():
+        if split != 'train' and entry['documents'] == entry['also_in']['train']:
+            fix = 'remove the repetitions' if split == 'val' and holdout else f'give other --{split}_files'
+            raise CorpusError(
+                f'{out_dir}: all {entry["documents"]:,} document(s) of {split} are in train too, so that a '
+                f'loss on them would tell nothing of new text: {fix}'
+            )
 
 
 # Prepare --------------------------------------------------------------------
 
 
-def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, holdout=None, num_proc=None):
-    """Makes the token files of `splits` ({'train': sources, 'val': sources}) -> what it wrote to meta.json.
+def prepare(
+    out_dir: str | Path,
+    tokenizer: str,
+    splits: Splits,
+    origin: dict[str, Any] | None = None,
+    *,
+    end: bool = True,
+    begin: bool = False,
+    holdout: Holdout | None = None,
+    num_proc: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Meta:
+    """Make the token files of `splits` ({'train': sources, 'val': sources}); the content of their meta.json.
 
     - tokenizer: a name that tokenizer.load knows, or 'bpe:N' or 'chars' to make one from the corpus
-    - origin: what meta.json says of where the text is from; else the files with their sizes
+    - origin: what meta.json tells of the origin of the text; by default the files with their sizes
     - end: whether the end-of-text token follows every document
     - begin: whether the beginning-of-text token, or else the end-of-text token, precedes it
     - holdout: takes the validation split out of 'train'
-    - num_proc: processes that encode; None is one per core
+    - num_proc: processes that encode; None means one per core
+    - shard_tokens: the most tokens of a file, beyond which a split is several; 0 is no bound
 
-    Does nothing where the folder holds just that already; goes on where an earlier call was killed.
+    Does nothing if the folder holds just that already; goes on where an earlier call was killed. CorpusError
+    and TokenizerError say what is wrong.
     """
     from filelock import FileLock, Timeout
 
@@ -383,7 +544,12 @@ def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, h
         raise CorpusError('there is no text for validation: give --val_files')
     out_dir = Path(out_dir)
     work = out_dir / WORK
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorpusError(
+            f'{out_dir} cannot be made or written to ({one_line(error)}): take another --out_dir'
+        ) from error
     lock = FileLock(work / 'lock')
     try:
         lock.acquire(timeout=0)
@@ -392,32 +558,61 @@ def prepare(out_dir, tokenizer, splits, origin=None, *, end=True, begin=False, h
             f'another prepare is at work in {out_dir}: wait for it, or take another --out_dir'
         ) from None
     try:
-        meta = _prepare(out_dir, work, tokenizer, splits, origin, end, begin, holdout, num_proc)
+        meta = _prepare(out_dir, work, tokenizer, splits, origin, end, begin, holdout, num_proc, shard_tokens)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CorpusError(
+            f'{out_dir} could not be prepared: {one_line(error)}; the same command goes on where it stopped'
+        ) from error
+    except KeyboardInterrupt:
+        print('interrupted: the same command goes on where it stopped', file=sys.stderr)
+        raise
     finally:
         lock.release()
     shutil.rmtree(work, ignore_errors=True)
     return meta
 
 
-def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc):
+def _prepare(
+    out_dir: Path,
+    work: Path,
+    name: str,
+    splits: Splits,
+    origin: dict[str, Any] | None,
+    end: bool,
+    begin: bool,
+    holdout: Holdout | None,
+    num_proc: int | None,
+    shard_tokens: int,
+) -> Meta:
     started = time.monotonic()
     num_proc = cores() if num_proc is None else num_proc
     if num_proc < 1:
         raise CorpusError(f'--num_proc {num_proc}: at least one process encodes')
     os.environ['TOKENIZERS_PARALLELISM'] = 'true' if num_proc > 1 else 'false'
+    sources_of = {split: [identity(s) for s in sources] for split, sources in splits.items()}
+    for split in set(splits) - {'train'}:
+        if all(source in sources_of['train'] for source in sources_of[split]):
+            raise CorpusError(
+                f'all of --{split}_files are among --files, so that a loss on them would tell nothing of new '
+                f'text: give other --{split}_files'
+            )
     if holdout and all(isinstance(source, TextFile) for source in splits['train']):
         holdout.documents(len(splits['train']))  # files are documents: too few are seen before the work
     tokenizer = None if fitted(name) else load(name)
-    job = {
-        'format': [FORMAT, CHUNK, PIECE],
+    wanted = {
+        'format': [FORMAT, CHUNK, PIECE, CHUNK_FORMAT],
         'tokenizer': tokenizer.fingerprint if tokenizer else [name, FIT_BYTES],
         'documents': [begin, end, asdict(holdout) if holdout else None],
-        'splits': {split: [identity(s) for s in sources] for split, sources in splits.items()},
+        'shard_tokens': shard_tokens,
+        'splits': sources_of,
     }
-    job = hashlib.sha256(json.dumps(job, sort_keys=True).encode('ascii')).hexdigest()
+    job = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode('ascii')).hexdigest()
     if meta := _already(out_dir, job):
         return meta
-    if read_json(work / JOB).get('job') != job:
+    _refuse_to_replace(out_dir, work)
+    if read_if_whole(work / JOB, JOB_SHAPE).get('job') != job:
         for path in work.iterdir():
             if path.name != 'lock':
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -426,7 +621,7 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
         print(f'going on with what {work} holds')
     spec_path = work / 'spec.json'
     if tokenizer is None and spec_path.is_file():
-        tokenizer = from_spec(json.loads(spec_path.read_text(encoding='utf-8')))
+        tokenizer = from_spec(read_json(spec_path, Object()))
     if tokenizer is None:
         print(f'making the tokenizer {name} from the corpus ...', flush=True)
         tokenizer = fit(name, splits, holdout)
@@ -449,11 +644,18 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
 
     spec = spec_path, tokenizer.fingerprint
     done = encode_splits(work, splits, spec, text_bytes, num_proc, begin_id, end_id)
-    entries = join_and_hold_out(work, done.pop('train'), holdout) if holdout else {}
-    entries.update({split: join_chunks(work, split, found) for split, found in done.items()})
+    order, is_held = held_out(done['train'], holdout) if holdout else (None, None)
+    shared = shared_documents(done, is_held)
+    entries: dict[str, dict[str, Any]] = {}
+    if order is not None and is_held is not None:
+        entries = join_and_hold_out(work, done.pop('train'), order, is_held, shard_tokens)
+    entries.update({s: join_chunks(work, s, found, shard_tokens) for s, found in done.items()})
     for split, entry in entries.items():
         if entry['tokens'] == 0 or entry['bytes'] == 0:
             raise CorpusError(f'{out_dir}: the split {split} has no text')
+        if split in shared:
+            entry['also_in'] = shared[split]
+    refuse_training_text(out_dir, entries, holdout)
     meta = {
         'format': FORMAT,
         'tokenizer': {k: v for k, v in tokenizer.spec.items() if k != 'json'},
@@ -475,13 +677,13 @@ def _prepare(out_dir, work, name, splits, origin, end, begin, holdout, num_proc)
     return meta
 
 
-def cores():
+def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _already(out_dir, job):
-    """meta.json's content where the folder holds the result of just this job, else None."""
+def _already(out_dir: Path, job: str) -> Meta | None:
+    """The content of meta.json if the folder holds the result of just this job, else None."""
     try:
         meta = open_data(out_dir).meta
     except DataError:
@@ -493,8 +695,24 @@ def _already(out_dir, job):
     return meta
 
 
-def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):
-    """Refuses to start where the chunks, and beside them the files joined from them, will not fit."""
+def _token_files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if TOKEN_FILE.fullmatch(path.name))
+
+
+def _refuse_to_replace(out_dir: Path, work: Path) -> None:
+    """CorpusError if the folder has token files of which neither meta.json nor a preparation tells."""
+    found = _token_files_in(out_dir)
+    if found and not (out_dir / META).exists() and not (work / JOB).exists():
+        raise CorpusError(
+            f'{found[0]} was not made here, as {META} is missing, and would be replaced: move it, or take '
+            'another --out_dir'
+        )
+
+
+def _check_disk(
+    out_dir: Path, work: Path, tokenizer: Tokenizer, splits: Splits, text_bytes: int, itemsize: int
+) -> None:
+    """CorpusError if the chunks, and beside them the files joined from them, will not fit."""
     sample = next(iter(_pieces(splits['train'])), (b'', 0))[0][:65536].decode('utf-8', 'ignore')
     ratio = len(tokenizer.encode(sample)) / max(1, len(sample.encode('utf-8')))
     there = sum(path.stat().st_size for path in work.rglob('*') if path.is_file())
@@ -507,13 +725,14 @@ def _check_disk(out_dir, work, tokenizer, splits, text_bytes, itemsize):
         )
 
 
-def _put_in_place(out_dir, work, meta, tokenizer):
-    """Moves the finished files to the folder: the old meta.json goes first, the new one comes last."""
+def _put_in_place(out_dir: Path, work: Path, meta: Meta, tokenizer: Tokenizer) -> None:
+    """Move the finished files to the folder: the old meta.json goes first, the new one comes last."""
     (out_dir / META).unlink(missing_ok=True)
-    for old in ('train.bin', 'val.bin', 'test.bin', 'tokenizer.json'):
-        (out_dir / old).unlink(missing_ok=True)
-    for split in meta['splits']:
-        os.replace(work / f'{split}.bin', out_dir / f'{split}.bin')
+    for old in [*_token_files_in(out_dir), out_dir / 'tokenizer.json']:
+        old.unlink(missing_ok=True)
+    for split, entry in meta['splits'].items():
+        for name in token_files(split, entry):
+            os.replace(work / name, out_dir / name)
     if 'json' in tokenizer.spec:
         (work / 'tokenizer.json').write_bytes(tokenizer.spec['json'].encode('utf-8'))
         os.replace(work / 'tokenizer.json', out_dir / 'tokenizer.json')
@@ -521,125 +740,31 @@ def _put_in_place(out_dir, work, meta, tokenizer):
     os.replace(work / META, out_dir / META)
 
 
-def report(out_dir, meta):
-    """Prints the counts of a data set."""
+def report(out_dir: str | Path, meta: Meta) -> None:
+    """Print the counts of a data set."""
     tokenizer = meta['tokenizer']
     kind = tokenizer.get('name', tokenizer['kind'])
     print(f'{out_dir}: {kind}, vocabulary {meta["vocab_size"]:,}, {meta["dtype"]}')
     for name, split in meta['splits'].items():
-        ratio = split['bytes'] / split['tokens']
+        documents, size = split.get('documents', 0), split.get('bytes', 0)
         print(
-            f'  {name:5} {split["tokens"]:>14,} tokens {split["documents"]:>11,} documents '
-            f'{split["bytes"]:>15,} bytes of text  {ratio:.3f} bytes per token'
+            f'  {name:5} {split["tokens"]:>14,} tokens {documents:>11,} documents '
+            f'{size:>15,} bytes of text  {size / split["tokens"]:.3f} bytes per token'
         )
+        if split.get('empty'):
+            print(f'        {split["empty"]:,} more documents without text were left out')
+        for other, count in split.get('also_in', {}).items():
+            if count:
+                print(f'        {count:,} of its documents are in {other} too')
 
 
-def command_line():
-    """The command that runs now, as one would type it in the repository, or None where no prepare.py runs."""
+def command_line() -> str | None:
+    """The command that runs now, as one would type it in the repository; None if it is no prepare.py, or does
+    not fit on a line."""
     script = Path(sys.argv[0]).resolve()
     if script.name != 'prepare.py':
         return None
     shown = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else str(script)
     words = ['python', shown, *sys.argv[1:]]
-    return subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
-
-
-# What the scripts in data/*/ have in common ---------------------------------
-
-
-def parser(script, description, tokenizer, hub=None, val_fraction=None):
-    """The options that a prepare.py has; `hub`: (repository, revision), for those with a Hub source;
-    `val_fraction`: for those that hold documents out."""
-    options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = options.add_argument
-    add('--out_dir', default=str(Path(script).resolve().parent), help='folder of the token files')
-    add(
-        '--tokenizer',
-        default=tokenizer,
-        help=f'{tokenizer} unless given; the module tokenizer lists the names',
-    )
-    add('--num_proc', type=int, help='processes that encode; one per core unless given')
-    local = 'local text, .jsonl or .parquet (also .gz .xz .bz2 .zst .zip), folders or patterns'
-    add('--files', nargs='+', metavar='FILE', help=f'{local}, in place of the usual source')
-    add(
-        '--val_files',
-        nargs='+',
-        metavar='FILE',
-        help='the same for validation; where it is left out, a part of --files, if the script can divide it',
-    )
-    add('--test_files', nargs='+', metavar='FILE', help='the same for a test split')
-    if hub:
-        add('--repo', default=hub[0], help=f'dataset on the Hugging Face Hub ({hub[0]})')
-        add('--revision', default=hub[1], help=f'its branch, tag or commit ({hub[1] or "main"})')
-    if val_fraction:
-        why = 'documents held out where validation does not come apart'
-        add('--val_fraction', type=float, default=val_fraction, help=f'{why} ({val_fraction})')
-        add('--split_seed', type=int, default=2357, help='which documents are held out (2357)')
-    return options
-
-
-def local_splits(args, template='{text}'):
-    """--files, --val_files, --test_files -> {split: sources}, or None where none is given."""
-    given = {'train': args.files, 'val': args.val_files, 'test': args.test_files}
-    given = {split: files for split, files in given.items() if files}
-    if given and 'train' not in given:
-        raise CorpusError('--val_files and --test_files go with --files, which is missing')
-    raw = args.tokenizer == 'bytes'
-    splits = {s: [file_source(path, template, raw) for path in paths(files)] for s, files in given.items()}
-    return splits or None
-
-
-def corpus_splits(args, config=None, template='{text}'):
-    """The local files where they are given, else the Hub's -> ({split: sources}, origin for `prepare`)."""
-    splits = local_splits(args, template)
-    return (splits, None) if splits else hub_sources(args.repo, args.revision, config, template)
-
-
-def prepare_documents(args, template, begin=False):
-    """Prepares documents (rows, or whole text files) from the Hub or from --files, some of them held out."""
-    splits, origin = corpus_splits(args, template=template)
-    holdout = None if 'val' in splits else Holdout(args.val_fraction, args.split_seed)
-    prepare(
-        args.out_dir, args.tokenizer, splits, origin, begin=begin, holdout=holdout, num_proc=args.num_proc
-    )
-
-
-def prepare_by_position(script, description, tokenizer, original, cuts):
-    """Prepares one text cut by position: the `original` (its URL and SHA-256), or the one of --files.
-
-    cuts: {split: percent of the bytes at which it ends}, moved to whole characters; bytes stay as they are.
-    """
-    args = parser(script, description, tokenizer).parse_args()
-    origin = None
-    if args.val_files or args.test_files:
-        splits = local_splits(args)
-    else:
-        if args.files:
-            found = paths(args.files)
-        else:
-            origin = dict(zip(('url', 'sha256'), original, strict=True))
-            found = [download(*original, Path(args.out_dir) / 'download')]
-        raw = args.tokenizer == 'bytes'
-        if len(found) > 1 or not isinstance(file_source(found[0], raw=raw), TextFile):
-            raise CorpusError(
-                f'one text file is cut by position, not {len(found)} files or records: give --val_files too'
-            )
-        size = text_size(found[0])
-        ends = [size * percent // 100 for percent in cuts.values()]
-        starts = [0, *ends[:-1]]
-        splits = {s: [TextFile(found[0], a, b, raw)] for s, a, b in zip(cuts, starts, ends, strict=True)}
-    prepare(args.out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
-
-
-def run(main):
-    """Runs a script's main: what goes wrong in a known way is one line, and the exit status is not 0."""
-    try:
-        main()
-    except (CorpusError, TokenizerError, DataError) as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted: run the same command again to go on')
-    except OSError as error:
-        sys.exit(f'error: {one_line(error)}')
+    command = subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)
+    return None if LINE.fault(command, '') else command

@@ -1,4 +1,4 @@
-"""What is in a folder of token files: counts, how the text reads, which tokens are frequent.
+"""What a folder of token files holds: counts, how the text reads, which tokens are frequent.
 
     python data/peek.py data/stdlib
     python data/peek.py data/plain --vocab_size 50257 --tokenizer gpt2
@@ -6,31 +6,30 @@
 The second is for .bin files without meta.json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.corpus import report, run
+from configurator import run_program
+from data.corpus import report
+from data.scripts import Parser, whole
 from data.tokendata import open_data
 from data.tokenizer import from_spec, load
 
 BLOCK = 1 << 22  # tokens counted at a time
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(argv: list[str]) -> int:
+    parser = Parser(__doc__)
     parser.add_argument('folder', help='folder with train.bin, val.bin and meta.json')
-    parser.add_argument('--tokens', type=int, default=120, help='tokens shown of each split (120)')
-    parser.add_argument('--at', type=int, default=0, help='position of the first one (0)')
-    parser.add_argument('--top', type=int, default=20, help='most frequent tokens shown (20)')
-    parser.add_argument('--vocab_size', type=int, help='for .bin files without meta.json')
-    parser.add_argument('--tokenizer', help='to read them with, for .bin files without meta.json')
-    args = parser.parse_args()
+    parser.add_argument('--tokens', type=whole(0), default=120, help='tokens shown of each split (120)')
+    parser.add_argument('--at', type=whole(0), default=0, help='position of the first one (0)')
+    parser.add_argument('--top', type=whole(0), default=20, help='most frequent tokens shown (20)')
+    parser.add_argument('--vocab_size', type=whole(1), help='for .bin files without meta.json')
+    parser.add_argument('--tokenizer', help='the tokenizer of .bin files without meta.json')
+    args = parser.parse_args(argv)
 
     data = open_data(args.folder, vocab_size=args.vocab_size)
     if data.meta:
@@ -56,7 +55,8 @@ def main():
     for i in np.argsort(-counts, kind='stable')[: args.top].tolist():
         text = repr(tokenizer.decode([i])) if tokenizer else ''
         print(f'{i:8} {counts[i]:>13,} {100 * counts[i] / len(tokens):6.2f} %  {text}')
+    return 0
 
 
 if __name__ == '__main__':
-    run(main)
+    run_program(main)

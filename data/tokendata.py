@@ -1,189 +1,359 @@
-"""Token files: what `data/*/prepare.py` writes and training reads.
+"""Token files: what the prepare.py scripts write and training reads.
 
-A data set is a folder with `train.bin`, `val.bin` and maybe `test.bin` (raw little-endian uint16, or uint32
-where the vocabulary needs it) and `meta.json`, which says what they are. `open_data` believes none of it:
-every file is held against meta.json once, and what does not fit is one line that names the file, what it
-holds, what was expected and the mend.
+A data set is a folder with `train.bin`, `val.bin` and sometimes `test.bin` (raw little-endian uint16, or
+uint32 where the vocabulary needs it) and `meta.json`, which describes them. A split of many tokens is several
+files, `train_000.bin`, `train_001.bin` and so on, which are read as one. `open_data` trusts none of it: it
+compares every file with meta.json once, and an error is one line that names the file, what it holds, what was
+expected and the fix.
 """
 
 import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from configurator import UserError
-from data.tokenizer import fingerprint
+from data.tokenizer import TOKEN_ID, Spec, TokenizerError, check_spec, fingerprint, vocab_size_of
+from declared import (
+    LINE,
+    SHA256,
+    Anything,
+    Either,
+    List,
+    Null,
+    Object,
+    OneOf,
+    Shape,
+    ShapeError,
+    Table,
+    Text,
+    Whole,
+    read_json,
+)
 
 FORMAT = 1  # of meta.json
 SPLITS = ('train', 'val', 'test')
-META, STAMP = 'meta.json', '.verified.json'
+META, STAMPS = 'meta.json', '.verified.json'
 WORK, JOB = '.prepare', 'job.json'  # the folder of a preparation under way, and what it is to make
-DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+DTYPES: dict[str, np.dtype[Any]] = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+LARGEST = 1 << 32  # vocabulary whose ids fit
 SCAN_BYTES = 1 << 23  # read at a time when a file is verified
+
+Meta = dict[str, Any]  # the content of meta.json
+Int64s = NDArray[np.int64]
+
+# What the files of a data set hold
+COUNT = Whole(0)
+FILE_SHAPE: dict[str, Shape] = {'tokens': Whole(1), 'sha256': SHA256}
+SPLIT_SHAPE = Object(
+    {'tokens': Whole(1)},
+    optional={
+        'sha256': SHA256,  # of its file
+        'shards': List(Object(FILE_SHAPE, closed=True), least=2),  # in place of that, if it is several
+        'documents': COUNT,  # that have text
+        'empty': COUNT,  # documents without text, which were left out
+        'bytes': COUNT,  # of text
+        'also_in': Table(OneOf(*SPLITS), COUNT),  # how many of its documents are in that split too
+    },
+    closed=True,
+)
+META_SHAPE = Object(
+    {
+        'format': OneOf(FORMAT),
+        'vocab_size': Whole(1, LARGEST),
+        'dtype': OneOf(*DTYPES),
+        'splits': Table(OneOf(*SPLITS), SPLIT_SHAPE),
+        'tokenizer': Object(),  # tokenizer.SPECS tells what is in it
+    },
+    optional={
+        'begin': Either(TOKEN_ID, Null()),  # the token before every document
+        'source': Anything(),
+        'command': Either(LINE, Null()),
+        'job': LINE,
+    },
+)
+JOB_SHAPE = Object({'job': LINE}, optional={'command': Either(LINE, Null())})
+STAMPS_SHAPE = Table(
+    Text(),
+    Object(
+        {
+            'size': COUNT,
+            'mtime_ns': Whole(),
+            'ctime_ns': Whole(),
+            'inode': COUNT,
+            'dtype': OneOf(*DTYPES),
+            'vocab_size': Whole(1, LARGEST),
+            'sha256': SHA256,
+        }
+    ),
+)
 
 
 class DataError(UserError):
-    """Data that cannot be used, in one line: the file, what it holds, what was expected, and the mend."""
+    """Data that cannot be used, in one line: the file, what it holds, what was expected, and the fix."""
+
+
+class FileStamp(NamedTuple):
+    """What the file system tells of a file. The size and the time of change can be set back after a change;
+    the time of status change (ctime) cannot."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> 'FileStamp':
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+class Shards:
+    """The tokens of several files as one array (n_tokens,): `len`, `[i]` and `[start:stop]`."""
+
+    def __init__(self, files: Sequence[NDArray[Any]]) -> None:
+        """files: each (n,), of the same dtype"""
+        self.files = files
+        self.ends = np.cumsum([len(file) for file in files]).tolist()
+        self.dtype: np.dtype[Any] = files[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, key: slice) -> NDArray[Any]: ...
+
+    @overload
+    def __getitem__(self, key: int) -> Any: ...
+
+    def __getitem__(self, key: slice | int) -> Any:
+        if not isinstance(key, slice):
+            at = range(len(self))[key]
+            return self[at : at + 1][0]
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f'tokens in shards are read one after the other, not in steps of {step}')
+        parts = [self.files[0][:0]]
+        shard = bisect_right(self.ends, start)
+        while start < stop:
+            end = self.ends[shard]
+            first = end - len(self.files[shard])
+            parts.append(self.files[shard][start - first : stop - first])
+            start, shard = end, shard + 1
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+
+Tokens = NDArray[Any] | Shards  # (n_tokens,) of uint16 or uint32
 
 
 @dataclass(frozen=True)
 class TokenData:
     folder: Path
-    splits: dict  # name -> read-only np.memmap (tokens,) of uint16 or uint32
-    meta: dict  # the content of meta.json; {} for a plain .bin
+    splits: dict[str, Tokens]  # name -> (n_tokens,), read-only: an np.memmap, or Shards of them
+    meta: Meta  # the content of meta.json; {} for a plain .bin
     vocab_size: int
-    tokenizer_spec: dict | None  # complete: tokenizer.from_spec builds the tokenizer from it
+    tokenizer_spec: Spec | None  # complete: tokenizer.from_spec builds the tokenizer from it
     fingerprint: str | None  # SHA-256 over the splits' SHA-256; None for a plain .bin that was not verified
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict)  # of the token files, as they were opened
+
+    def changed(self) -> str | None:
+        """None if the token files are still those that were opened, else one line that says what changed.
+
+        It asks the file system alone, so it is cheap enough for every save of a run. A change of mode or of
+        hard links counts too: `open_data` reads the files again and tells by its fingerprint whether the
+        tokens are the same.
+        """
+        for path, then in self.stamps.items():
+            try:
+                now = FileStamp.of(path.stat())
+            except OSError as error:
+                return f'{path} cannot be read any more ({error.strerror})'
+            for what, old, new in zip(then._fields, then, now, strict=True):
+                if old != new:
+                    return f'{path} changed since it was opened: its {what} was {old}, now it is {new}'
+        return None
 
 
-def dtype_for(vocab_size):
+def dtype_for(vocab_size: int) -> str:
     """The name of the smallest of the two dtypes that holds every id of the vocabulary."""
     return 'uint16' if vocab_size <= 1 << 16 else 'uint32'
 
 
-def open_data(folder, block_size=None, vocab_size=None, verify=True):
-    """Opens the data set in `folder` for windows of `block_size` tokens and their targets -> TokenData.
+def open_data(
+    folder: str | Path, block_size: int | None = None, vocab_size: int | None = None, verify: bool = True
+) -> TokenData:
+    """Open the data set in `folder` for windows of `block_size` tokens and their targets.
 
     `vocab_size` is for a folder without meta.json (nanoGPT's raw .bin); with meta.json it must agree.
-    `verify` reads every file to the end: SHA-256 and the largest id. That happens once per file:
-    `.verified.json` beside it remembers size, time of change and SHA-256, where the folder can be written to.
-    Everything else (names, sizes, meta.json, tokenizer) is checked at each call. DataError names what is
-    wrong and the mend.
+    `verify` reads every file to its end, to compute its SHA-256 and to find ids outside the vocabulary. That
+    happens once per file: `.verified.json` beside it remembers the file's stamp and SHA-256, if the folder is
+    writable. Everything else (names, sizes, meta.json, tokenizer) is checked at every call. DataError names
+    what is wrong and the fix.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f'{folder} does not exist: {_mend(folder, {})}')
+        raise DataError(f'{folder} does not exist: {_how_to_make(folder, {})}')
     has_meta = (folder / META).is_file()
     if not has_meta and (folder / WORK).is_dir():
-        mend = _mend(folder, read_json(folder / WORK / JOB))
-        raise DataError(f'{folder} holds an unfinished preparation: {mend}; it goes on where it stopped')
+        fix = _how_to_make(folder, read_if_whole(folder / WORK / JOB, JOB_SHAPE))
+        raise DataError(f'{folder} holds an unfinished preparation: {fix}; it goes on where it stopped')
     meta = _read_meta(folder, vocab_size) if has_meta else {}
-    mend = _mend(folder, meta)
+    fix = _how_to_make(folder, meta)
     if not has_meta and not vocab_size:
         raise DataError(
-            f'{folder / META} is missing, and nothing else says which vocabulary the tokens are of: {mend}; '
+            f'{folder / META} is missing, and nothing else says which vocabulary the tokens are of: {fix}; '
             'or give vocab_size (50257 for GPT-2 tokens) to use plain .bin files'
         )
-    vocab_size = meta.get('vocab_size') or int(vocab_size)
+    vocab_size = int(meta.get('vocab_size') or vocab_size or 0)
+    if not 1 <= vocab_size <= LARGEST:
+        raise DataError(f'vocab_size={vocab_size}: a vocabulary has from 1 to {LARGEST:,} ids')
     dtype = DTYPES[meta.get('dtype') or dtype_for(vocab_size)]
     names = list(meta['splits']) if meta else [s for s in SPLITS if (folder / f'{s}.bin').exists()]
     for name in ('train', 'val'):
         if name not in names:
-            raise DataError(f'{folder / name}.bin is missing: {mend}')
-    spec = _tokenizer_spec(folder, meta, mend)
-    files = {name: folder / f'{name}.bin' for name in names}
-    for name, path in files.items():
-        _check_size(path, dtype, meta.get('splits', {}).get(name), block_size, mend)
-    hashes = {name: split['sha256'] for name, split in meta.get('splits', {}).items()}
-    if verify:
-        stamps = read_json(folder / STAMP)
-        found = {
-            name: _verified(path, dtype, vocab_size, hashes.get(name), stamps, mend)
-            for name, path in files.items()
-        }
-        if found != stamps:
-            _write_stamps(folder, found)
-        hashes = {name: stamp['sha256'] for name, stamp in found.items()}
+            raise DataError(f'{folder / name}.bin is missing: {fix}')
+    spec = _tokenizer_spec(folder, meta, fix) if meta else None
+    files_of = {name: token_files(name, meta['splits'][name] if meta else {}) for name in names}
+    entries = {file: entry for files in files_of.values() for file, entry in files.items()}
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(_open_file(folder / name, fix)) for name in entries}
+            stamps = {folder / name: FileStamp.of(os.fstat(file.fileno())) for name, file in files.items()}
+            for name, entry in entries.items():
+                _check_size(folder / name, stamps[folder / name].size, dtype, entry.get('tokens'), fix)
+            for name, parts in files_of.items():
+                size = sum(stamps[folder / part].size for part in parts)
+                _check_block_size(folder / f'{name}.bin', size // dtype.itemsize, block_size)
+            hashes = {name: entry.get('sha256') for name, entry in entries.items()}
+            if verify:
+                hashes = _verify(folder, files, stamps, dtype, vocab_size, hashes, fix)
+            maps = {name: np.memmap(file, dtype, 'r') for name, file in files.items()}
+    except OSError as error:
+        raise DataError(f'{error.filename or folder} cannot be read ({error.strerror or error})') from error
+    splits: dict[str, Tokens] = {}
+    content: dict[str, Any] = {}  # the SHA-256 of each split, or those of its shards
+    for name, parts in files_of.items():
+        one = len(parts) == 1
+        splits[name] = maps[f'{name}.bin'] if one else Shards([maps[part] for part in parts])
+        content[name] = hashes[f'{name}.bin'] if one else [hashes[part] for part in parts]
     return TokenData(
         folder=folder,
-        splits={name: np.memmap(path, dtype=dtype, mode='r') for name, path in files.items()},
+        splits=splits,
         meta=meta,
         vocab_size=vocab_size,
         tokenizer_spec=spec,
-        fingerprint=fingerprint(hashes) if hashes else None,
+        fingerprint=fingerprint(content) if all(hashes.values()) else None,
+        stamps=stamps,
     )
 
 
-def _mend(folder, meta):
+def _how_to_make(folder: Path, meta: Meta) -> str:
     """What to do about a broken or missing data set: the command that makes it."""
-    if isinstance(meta.get('command'), str):
+    if meta.get('command'):
         return f'run {meta["command"]}'
     if (folder / 'prepare.py').is_file():
         return f'run python {folder / "prepare.py"}'
-    return f'make it with one of data/*/prepare.py --out_dir {folder}'
+    return f'make it with python data/prepare.py --files YOUR_TEXT --out_dir {folder}'
 
 
-def _read_meta(folder, vocab_size):
-    path = folder / META
-    mend = _mend(folder, {})
+def _read_meta(folder: Path, vocab_size: int | None) -> Meta:
+    fix = _how_to_make(folder, {})
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise DataError(f'{path} is not JSON ({error}): {mend}') from error
-    wanted = {'format': int, 'vocab_size': int, 'dtype': str, 'splits': dict, 'tokenizer': dict}
-    for key, kind in wanted.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
-            raise DataError(f'{path} has no {key!r} ({kind.__name__}): {mend}')
-    if meta['format'] != FORMAT:
-        raise DataError(f'{path} has format {meta["format"]}, this program reads {FORMAT}: {mend}')
-    if meta['dtype'] not in DTYPES:
-        raise DataError(f'{path} has dtype {meta["dtype"]!r}, expected one of {", ".join(DTYPES)}: {mend}')
-    for name, split in meta['splits'].items():
-        if name not in SPLITS:
-            raise DataError(f'{path} has a split {name!r}, expected {", ".join(SPLITS)}: {mend}')
-        if not isinstance(split, dict) or not isinstance(split.get('tokens'), int) or 'sha256' not in split:
-            raise DataError(f"{path} does not say the tokens and sha256 of split '{name}': {mend}")
+        meta: Meta = read_json(folder / META, META_SHAPE)
+    except ShapeError as error:
+        raise DataError(f'{error}: {fix}') from error
     if vocab_size and int(vocab_size) != meta['vocab_size']:
         raise DataError(
-            f'{path} says a vocabulary of {meta["vocab_size"]}, vocab_size={vocab_size} was given: leave out '
-            'vocab_size'
+            f'{folder / META} says a vocabulary of {meta["vocab_size"]}, vocab_size={vocab_size} was given: '
+            'leave out vocab_size'
         )
+    for name, split in meta['splits'].items():
+        shards = split.get('shards')
+        if ('sha256' in split) == (shards is not None):
+            raise DataError(f'{folder / META}: splits.{name} has either sha256 or shards: {fix}')
+        if shards and sum(shard['tokens'] for shard in shards) != split['tokens']:
+            raise DataError(f'{folder / META}: splits.{name}.tokens is not the sum of its shards: {fix}')
     return meta
 
 
-def _tokenizer_spec(folder, meta, mend):
-    """The spec in meta.json, made complete with the text of tokenizer.json where it stands beside it."""
-    if not meta:
-        return None
+def token_files(name: str, entry: Meta) -> dict[str, Meta]:
+    """The names of the files of a split, each with its tokens and sha256. entry: of the split in meta.json"""
+    if 'shards' not in entry:
+        return {f'{name}.bin': entry}
+    return {f'{name}_{i:03d}.bin': shard for i, shard in enumerate(entry['shards'])}
+
+
+def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> Spec:
+    """The spec in meta.json, completed with the text of the tokenizer.json that stands beside it.
+
+    It must be the tokenizer of this vocabulary: one that has fewer ids would leave some that never occur.
+    """
     spec = dict(meta['tokenizer'])
     if spec.get('kind') == 'tokenizers':
         path = folder / 'tokenizer.json'
         try:
             spec['json'] = path.read_text(encoding='utf-8')
         except (OSError, ValueError) as error:
-            raise DataError(f'{path} cannot be read ({error}): {mend}') from error
-    # a tiktoken encoding is known by its name only; tokenizer.from_spec checks it when it is loaded
-    if spec.get('kind') != 'tiktoken' and fingerprint(spec) != spec.get('fingerprint'):
+            raise DataError(f'{path} cannot be read ({error}): {fix}') from error
+    try:
+        check_spec(spec)
+        # an encoding of tiktoken is known by its name only; from_spec checks it when it is needed
+        if spec['kind'] != 'tiktoken' and fingerprint(spec) != spec['fingerprint']:
+            raise DataError(
+                f'the tokenizer in {folder} has fingerprint {fingerprint(spec)[:12]}, the tokens were made '
+                f'with {spec["fingerprint"][:12]}: {fix}'
+            )
+        known = vocab_size_of(spec)
+    except TokenizerError as error:
+        raise DataError(f'the tokenizer in {folder} cannot be used ({error}): {fix}') from error
+    if known != meta['vocab_size']:
         raise DataError(
-            f'the tokenizer in {folder} has fingerprint {fingerprint(spec)[:12]}, the tokens were made with '
-            f'{str(spec.get("fingerprint"))[:12]}: {mend}'
+            f'{folder / META} has vocab_size {meta["vocab_size"]:,}, its tokenizer has {known:,} ids: {fix}'
         )
+    for what, token in (('begin', meta.get('begin')), ('eot', spec['eot']), ('bos', spec['bos'])):
+        if token is not None and token >= known:
+            raise DataError(f'{folder / META} has {what} {token}, the vocabulary has {known:,} ids: {fix}')
     return spec
 
 
-def _check_size(path, dtype, split, block_size, mend):
-    """What the directory entry alone tells: missing, empty, cut short, of another dtype, too short."""
+def _open_file(path: Path, fix: str) -> IO[bytes]:
     if not path.is_file():
-        raise DataError(f'{path} is missing: {mend}')
-    size = path.stat().st_size
+        raise DataError(f'{path} is missing: {fix}')
+    return path.open('rb')
+
+
+def _check_size(path: Path, size: int, dtype: np.dtype[Any], expected: int | None, fix: str) -> None:
+    """Check what the size in bytes tells: an empty or truncated file, or one of another dtype.
+
+    expected: the number of tokens, or None if it is not known
+    """
     if size == 0:
-        raise DataError(f'{path} is empty: {mend}')
+        raise DataError(f'{path} is empty: {fix}')
     if size % dtype.itemsize:
         raise DataError(
             f'{path} holds {size:,} bytes, not a whole number of {dtype.itemsize}-byte {dtype.name} tokens: '
-            f'it was cut short or is not a token file; {mend}'
+            f'it is truncated, or it is not a token file; {fix}'
         )
     tokens = size // dtype.itemsize
-    if split is not None and tokens != split['tokens']:
-        other = {
-            2 * split['tokens']: 'uint16',
-            4 * split['tokens']: 'uint32',
-            8 * split['tokens']: 'int64',
-        }.get(size)
-        why = (
-            f'it looks like {other}'
-            if other
-            else 'it was cut short'
-            if tokens < split['tokens']
-            else 'it grew'
-        )
+    if expected is not None and tokens != expected:
+        other = {2 * expected: 'uint16', 4 * expected: 'uint32', 8 * expected: 'int64'}.get(size)
+        guess = 'it is truncated' if tokens < expected else 'it grew'
         raise DataError(
-            f'{path} holds {tokens:,} tokens of {dtype.name}, {META} says {split["tokens"]:,}: {why}; {mend}'
+            f'{path} holds {tokens:,} tokens of {dtype.name}, {META} says {expected:,}: '
+            f'{f"it looks like {other}" if other else guess}; {fix}'
         )
+
+
+def _check_block_size(path: Path, tokens: int, block_size: int | None) -> None:
+    """Check that a split has a window and its targets."""
     if block_size is not None and tokens <= block_size:
         raise DataError(
             f'{path} holds {tokens:,} tokens, block_size {block_size} needs at least {block_size + 1:,}: '
@@ -191,48 +361,64 @@ def _check_size(path, dtype, split, block_size, mend):
         )
 
 
-def _verified(path, dtype, vocab_size, sha256, stamps, mend):
-    """Holds the file's content against the vocabulary and `sha256` (None: unknown) -> its stamp."""
-    stat = path.stat()
-    stamp = {
-        'size': stat.st_size,
-        'mtime_ns': stat.st_mtime_ns,
-        'dtype': dtype.name,
-        'vocab_size': vocab_size,
-    }
-    known = stamps.get(path.stem)
-    if not isinstance(known, dict) or {k: known.get(k) for k in stamp} != stamp or 'sha256' not in known:
-        known = {**stamp, 'sha256': _scan(path, dtype, vocab_size, sha256 is None, mend)}
-    if sha256 is not None and known['sha256'] != sha256:
-        raise DataError(
-            f'{path} has SHA-256 {known["sha256"][:12]}..., {META} says {sha256[:12]}...: it changed; {mend}'
-        )
-    return known
+def _verify(
+    folder: Path,
+    files: Mapping[str, IO[bytes]],
+    stamps: Mapping[Path, FileStamp],
+    dtype: np.dtype[Any],
+    vocab_size: int,
+    hashes: Mapping[str, str | None],
+    fix: str,
+) -> dict[str, str | None]:
+    """Compare the content of every file with the vocabulary and, if it is known, with its SHA-256.
+
+    Returns the SHA-256 of each. A file whose stamp is that of an earlier call is not read again.
+    """
+    known = read_if_whole(folder / STAMPS, STAMPS_SHAPE)
+    found = {}
+    for name, file in files.items():
+        path = folder / name
+        stamp = {**stamps[path]._asdict(), 'dtype': dtype.name, 'vocab_size': vocab_size}
+        before = known.get(name, {})
+        if stamp != {key: before.get(key) for key in stamp}:
+            before = {**stamp, 'sha256': _scan(path, file, dtype, vocab_size, hashes[name] is None, fix)}
+            if FileStamp.of(path.stat()) != stamps[path]:
+                raise DataError(f'{path} changed while it was read: wait until it is complete; {fix}')
+        wanted = hashes[name]
+        if wanted is not None and before['sha256'] != wanted:
+            raise DataError(
+                f'{path} has SHA-256 {before["sha256"][:12]}..., {META} says {wanted[:12]}...: '
+                f'it changed; {fix}'
+            )
+        found[name] = before
+    if found != known:
+        _write_stamps(folder, found)
+    return {name: stamp['sha256'] for name, stamp in found.items()}
 
 
-def _scan(path, dtype, vocab_size, plain, mend):
-    """Reads the file once -> SHA-256; DataError at the first id outside the vocabulary."""
-    if path.stat().st_size >= 1 << 30:
-        print(f'verifying {path} ({path.stat().st_size / 1e9:.1f} GB), once', file=sys.stderr)
+def _scan(path: Path, file: IO[bytes], dtype: np.dtype[Any], vocab_size: int, plain: bool, fix: str) -> str:
+    """Read the file once and return its SHA-256; DataError at the first id outside the vocabulary."""
+    size = os.fstat(file.fileno()).st_size
+    if size >= 1 << 30:
+        print(f'verifying {path} ({size / 1e9:.1f} GB), once', file=sys.stderr)
     digest, position = hashlib.sha256(), 0
-    with path.open('rb') as file:
-        while block := file.read(SCAN_BYTES):
-            digest.update(block)
-            tokens = np.frombuffer(block, dtype)
-            if plain and position == 0:
-                _check_plain(path, block, tokens)
-            if tokens.max() >= vocab_size:
-                at = int(np.argmax(tokens >= vocab_size))
-                raise DataError(
-                    f'{path} holds token id {tokens[at]} at position {position + at:,}, the vocabulary has '
-                    f'{vocab_size:,} ids: another tokenizer wrote it, or not as {dtype.name}; {mend}'
-                )
-            position += len(tokens)
+    while block := file.read(SCAN_BYTES):
+        digest.update(block)
+        tokens = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)
+        if plain and position == 0:
+            _check_plain(path, block, tokens)
+        if tokens.max(initial=0) >= vocab_size:
+            at = int(np.argmax(tokens >= vocab_size))
+            raise DataError(
+                f'{path} holds token id {tokens[at]} at position {position + at:,}, the vocabulary has '
+                f'{vocab_size:,} ids: another tokenizer wrote it, or not as {dtype.name}; {fix}'
+            )
+        position += len(tokens)
     return digest.hexdigest()
 
 
-def _check_plain(path, block, tokens):
-    """A file that no meta.json describes may be of another format, all its ids in range nevertheless."""
+def _check_plain(path: Path, block: bytes, tokens: NDArray[Any]) -> None:
+    """A file that no meta.json describes may be of another format although all its ids are in range."""
     if block.startswith(b'\x93NUMPY'):
         raise DataError(f'{path} is a .npy file, raw tokens were expected: write them with array.tofile(...)')
     if block.startswith(b'version https://git-lfs'):
@@ -244,22 +430,28 @@ def _check_plain(path, block, tokens):
         )
 
 
-def read_json(path):
-    """The object in a file that may be missing or broken: then an empty one."""
+def read_if_whole(path: Path, shape: Shape) -> dict[str, Any]:
+    """The object in a file that only saves work: an empty one if the file is missing or broken."""
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        return dict(read_json(path, shape))
+    except ShapeError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def _write_stamps(folder, stamps):
-    temporary = folder / f'{STAMP}.{os.getpid()}'
+def _write_stamps(folder: Path, stamps: Mapping[str, Any]) -> None:
+    """Remember what was verified; a folder that cannot be written to only costs that next time."""
+    temporary = folder / f'{STAMPS}.{os.getpid()}'
     try:
         temporary.write_text(json.dumps(stamps, indent=1), encoding='utf-8')
-        os.replace(temporary, folder / STAMP)
-    except OSError:  # a folder that cannot be written to is verified again next time
-        temporary.unlink(missing_ok=True)
+        os.replace(temporary, folder / STAMPS)
+    except OSError as error:
+        print(
+            f'{folder} is verified again at every start: {STAMPS} cannot be written there '
+            f'({error.strerror or error})',
+            file=sys.stderr,
+        )
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -267,31 +459,38 @@ def _write_stamps(folder, stamps):
 # and neither the number of ranks nor the evaluation nor the architecture changes what a step trains on.
 
 
-def batch_starts(n_tokens, seed, step, micro, batch_size, block_size) -> np.ndarray:
-    """Where the windows of one micro-batch start: uniform over the split, with replacement.
+def batch_starts(n_tokens: int, seed: int, step: int, micro: int, batch_size: int, block_size: int) -> Int64s:
+    """Where the windows of one micro-batch start: (batch_size,), uniform over the split, with replacement.
 
     micro counts the micro-batches of a step over all ranks. SeedSequence is used as a hash of its arguments:
-    numpy promises its output for good, which it does not for the distributions of its generators.
+    numpy promises its output for good, which it does not for the distributions of its generators. The memory
+    does not depend on n_tokens.
     """
     draws = np.random.SeedSequence([seed, step, micro]).generate_state(batch_size, np.uint64)
-    return (draws % np.uint64(n_tokens - block_size)).astype(np.int64)
+    starts: Int64s = (draws % np.uint64(n_tokens - block_size)).astype(np.int64)
+    return starts
 
 
-def get_batch(tokens, seed, step, micro, batch_size, block_size):
-    """One micro-batch of a split: int64 arrays x and y (batch_size, block_size), y one token ahead."""
-    return windows(tokens, batch_starts(len(tokens), seed, step, micro, batch_size, block_size), block_size)
+def get_batch(
+    tokens: Tokens, seed: int, step: int, micro: int, batch_size: int, block_size: int
+) -> tuple[Int64s, Int64s]:
+    """One micro-batch of a split: int64 arrays x and y (batch_size, block_size), y one token ahead of x."""
+    starts = batch_starts(len(tokens), seed, step, micro, batch_size, block_size)
+    return read_windows(tokens, starts, block_size)
 
 
-def windows(tokens, starts, block_size):
+def read_windows(tokens: Tokens, starts: Int64s, block_size: int) -> tuple[Int64s, Int64s]:
+    """The windows at `starts` (n,): int64 arrays x and y (n, block_size), y one token ahead of x."""
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
-    return rows[:, :-1].copy(), rows[:, 1:].copy()  # of their own: who masks targets leaves the tokens alone
+    return rows[:, :-1].copy(), rows[:, 1:].copy()  # copies: masking targets must leave the inputs alone
 
 
-def eval_starts(n_tokens, block_size, n_windows):
-    """The fixed windows of an evaluation: starts (n,) and how many leading targets of each do not count (n,).
+def eval_starts(n_tokens: int, block_size: int, n_windows: int) -> tuple[Int64s, Int64s]:
+    """The fixed windows of an evaluation: their starts (n,), and how many leading targets of each do not
+    count (n,).
 
-    n_windows are spread evenly over the split; 0, or more than there are, is the whole split: every token
-    but the first is a target once (the last window overlaps the one before it, and counts only its end).
+    n_windows are spaced evenly over the split; 0, or more than there are, means the whole split: every token
+    except the first is a target once (the last window overlaps the one before it, and counts only its end).
     """
     n_targets = n_tokens - 1
     n_whole = -(-n_targets // block_size)
@@ -304,13 +503,15 @@ def eval_starts(n_tokens, block_size, n_windows):
     return starts, np.zeros(n_windows, dtype=np.int64)
 
 
-def eval_batch(tokens, starts, skip, index, batch_size, block_size):
+def eval_batch(
+    tokens: Tokens, starts: Int64s, skip: Int64s, index: int, batch_size: int, block_size: int
+) -> tuple[Int64s, Int64s]:
     """Batch `index` of an evaluation: x, y as from get_batch; targets that do not count are -1.
 
     The last batch is filled up with rows that do not count, so that every batch has the same shape.
     """
     mine = slice(index * batch_size, (index + 1) * batch_size)
-    x, y = windows(tokens, starts[mine], block_size)
+    x, y = read_windows(tokens, starts[mine], block_size)
     for row, n in enumerate(skip[mine]):
         y[row, : int(n)] = -1
     missing = batch_size - len(x)

@@ -2,9 +2,8 @@
 
 Each token has one logit per head, and the tokens of a window are summarised by their weighted mean
 (windowed_mean.py). `additive` is Fastformer (Wu et al., 2021), made causal and given windows; `leap` is its
-later form. Both keep model.py's boundary  y = attention(x, memory, cache)  and publish nothing to `memory`.
-In generation they are recurrences: the state of a layer does not grow with the tokens seen.
-"""
+later form. Both publish nothing to `memory`. In generation they are recurrences: the state of a layer does
+not grow with the tokens seen."""
 
 from __future__ import annotations
 
@@ -13,27 +12,28 @@ import math
 import torch
 import torch.nn as nn
 
+from layers.contract import Attention, Place
 from layers.windowed_mean import NEVER, RunningMean, mean_flops, state_bytes, widen, windowed_mean
 
 
-def layer_windows(windows: str, n_layer: int) -> list[int]:
-    """'auto' | 'global' | '4-8-16-32-64-0' -> the window of every layer, in tokens; 0 is global.
+def window_of(window: str, place: Place) -> int:
+    """The window of one layer, in tokens, 0 for global: 'auto' | 'global' | '64' | '4-8-16-32-64-0'.
 
-    auto: 4 * 2**layer, and the last layer global.
-    """
-    if windows == 'auto':
-        return [4 * 2**layer for layer in range(n_layer - 1)] + [0]
-    if windows == 'global':
-        return [0] * n_layer
-    parts = windows.split('-')
-    if not all(part.isdecimal() for part in parts):
+    auto: 4 * 2**layer, and the last layer of the model global. Several numbers are one for each layer that
+    the word of the attention string stands for."""
+    if window == 'auto':
+        return 4 * 2**place.layer if place.layer < place.n_layer - 1 else 0
+    if window == 'global':
+        return 0
+    numbers = window.split('-')
+    if not all(number.isdecimal() for number in numbers):
         raise ValueError(
-            f"windows={windows!r}: write 'auto', 'global' or one number of tokens per layer joined by '-', "
-            "such as '4-8-16-32-64-0' (0 is global)"
+            f"window={window!r}: write 'auto', 'global', a number of tokens, or one for each layer joined by "
+            "'-', such as '4-8-16-32-64-0' (0 is global)"
         )
-    if len(parts) != n_layer:
-        raise ValueError(f'windows={windows!r} names {len(parts)} windows, but n_layer={n_layer}')
-    return [int(part) for part in parts]
+    if len(numbers) not in (1, place.n_word):
+        raise ValueError(f'window={window!r} names {len(numbers)} windows for {place.n_word} layers')
+    return int(numbers[place.of_word if len(numbers) > 1 else 0])
 
 
 class Mean(nn.Module):
@@ -64,16 +64,20 @@ class MeansCache:
             mean.select(rows)
 
 
-class WindowedAttention(nn.Module):
+class WindowedAttention(Attention):
     """What the two attentions share: how much they project, what they hold and what they cost."""
 
     name: str
     projections: int  # of the residual stream
     means: dict[str, int]  # what is averaged, and the size of its vectors in heads
-    backward_flops = 1  # the backward pass of a mean is one more mean
+    bounded = True
+    padding = 'left'  # between tokens it would take up places in the windows
 
-    def __init__(self, config, window: int):
+    def __init__(self, config, place: Place, *, window: str = 'auto'):
+        """window: auto (4, 8, …, the last layer global) | global | tokens, for all layers or layer by
+        layer."""
         super().__init__()
+        window = window_of(window, place)
         self.n_head, self.head_size, self.window = config.n_head, config.head_size, window
         self.c_attn = nn.Linear(config.n_embd, self.projections * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -124,6 +128,10 @@ class WindowedAttention(nn.Module):
         widths = [heads * self.head_size for heads in self.means.values()]
         return self.n_head * sum(mean_flops(T, self.window, width) for width in widths) / T
 
+    def backward_flops_per_token(self, T: int) -> float:
+        """The backward pass of a mean is one more mean."""
+        return self.flops_per_token(T)
+
     def describe(self) -> str:
         window = f'window {self.window}' if self.window else 'global'
         return f'{self.name} {window}, {self.n_head} heads'
@@ -140,8 +148,8 @@ class AdditiveAttention(WindowedAttention):
     projections = 3
     means = {'queries': 1, 'keys': 1}  # noqa: RUF012
 
-    def __init__(self, config, window: int):
-        super().__init__(config, window)
+    def __init__(self, config, place: Place, **own):
+        super().__init__(config, place, **own)
         # zero: every mean starts as the plain one
         self.w_q = nn.Parameter(torch.zeros(config.n_head, 1, config.head_size))
         self.w_k = nn.Parameter(torch.zeros(config.n_head, 1, config.head_size))
@@ -161,6 +169,7 @@ class LeapAttention(WindowedAttention):
     """
 
     name = 'leap'
+    rotates = True
     projections = 4
     means = {'keys and values': 2}  # noqa: RUF012 (side by side: one mean takes both)
 
@@ -171,6 +180,3 @@ class LeapAttention(WindowedAttention):
         K, V = self.mean[0](a, kv, cache and cache.means[0]).chunk(2, dim=-1)
         gate = torch.sigmoid(self.dot(memory.rotate(q), K)).unsqueeze(-1)
         return self.output(gate.type_as(V) * V)
-
-
-WINDOWED = {'additive': AdditiveAttention, 'leap': LeapAttention}

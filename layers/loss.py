@@ -18,12 +18,22 @@ ROWS = {'cpu': 512, 'cuda': 2048}
 LOGITS = 2**20
 
 
-def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1, rows: int | None = None):
+def soft_capped(logits, softcap: float):
+    """softcap * tanh(logits / softcap), in fp32 at least (Gemma 2, 2024); as they are where softcap is 0."""
+    if not softcap:
+        return logits
+    return softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
+
+
+def linear_cross_entropy(
+    hidden, weight, targets, ignore_index: int = -1, rows: int | None = None, softcap: float = 0.0
+):
     """Mean cross-entropy of the logits hidden @ weight.T, as F.cross_entropy(..., ignore_index) gives it.
 
-    hidden (..., C), weight (V, C), targets (...) of token ids; rows: of logits held at a time. Products run
-    in the autocast type where autocast is on; softmax, the sum of losses and that of the weight's gradient
-    in fp32 at least. Returns a scalar; nan, as F.cross_entropy, where no target counts.
+    hidden (..., C), weight (V, C), targets (...) of token ids; rows: of logits held at a time; softcap: see
+    soft_capped. Products run in the autocast type where autocast is on; softmax, the sum of losses and that
+    of the weight's gradient in fp32 at least. Returns a scalar; nan, as F.cross_entropy, where no target
+    counts.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     N, V, device = hidden.size(0), weight.size(0), hidden.device.type
@@ -31,15 +41,15 @@ def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -1, rows: 
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rows = rows or max(ROWS.get(device, ROWS['cuda']), LOGITS // V)
     if N <= rows:
-        logits = F.linear(hidden, weight)
+        logits = soft_capped(F.linear(hidden, weight), softcap)
         exact = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(exact), targets, ignore_index=ignore_index)
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, dtype)
-    return _chunked(hidden, weight, targets, ignore_index, rows, dtype, False, False)[0]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, dtype, softcap)
+    return _chunked(hidden, weight, targets, ignore_index, rows, dtype, softcap, False, False)[0]
 
 
-def _chunked(hidden, weight, targets, ignore_index, rows, dtype, grad_hidden, grad_weight):
+def _chunked(hidden, weight, targets, ignore_index, rows, dtype, softcap, grad_hidden, grad_weight):
     """(mean loss, gradient of the summed loss for hidden, the same for weight, number of targets counted)."""
     exact = torch.promote_types(dtype, torch.float32)
     w = weight.to(dtype)
@@ -51,12 +61,16 @@ def _chunked(hidden, weight, targets, ignore_index, rows, dtype, grad_hidden, gr
     for i in range(0, hidden.size(0), rows):
         h = hidden[i : i + rows].to(dtype)
         label, keep = labels[i : i + rows, None], counted[i : i + rows, None]
-        log_p = F.log_softmax(h @ w.t(), dim=-1, dtype=exact)  # (rows, V)
+        logits = soft_capped(h @ w.t(), softcap)  # (rows, V)
+        log_p = F.log_softmax(logits, dim=-1, dtype=exact)
         total -= log_p.gather(1, label).masked_fill(~keep, 0).sum()
         if not (grad_hidden or grad_weight):
             continue
         # of one loss, not of the mean: the mean's are so small that fp16 would lose them
-        d_logits = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=exact)).to(dtype)
+        d_logits = log_p.exp_().scatter_add_(1, label, torch.full_like(label, -1, dtype=exact))
+        if softcap:
+            d_logits *= 1 - (logits / softcap).square()
+        d_logits = d_logits.to(dtype)
         if grad_hidden:
             d_hidden[i : i + rows] = (d_logits @ w) * keep
         if grad_weight:
@@ -67,10 +81,10 @@ def _chunked(hidden, weight, targets, ignore_index, rows, dtype, grad_hidden, gr
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, rows, dtype):
+    def forward(ctx, hidden, weight, targets, ignore_index, rows, dtype, softcap):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         loss, d_hidden, d_weight, count = _chunked(
-            hidden, weight, targets, ignore_index, rows, dtype, need_hidden, need_weight
+            hidden, weight, targets, ignore_index, rows, dtype, softcap, need_hidden, need_weight
         )
         ctx.save_for_backward(d_hidden, d_weight, count)
         ctx.types = hidden.dtype, weight.dtype
@@ -85,4 +99,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden.to(ctx.types[0]) * scale
         if d_weight is not None:
             d_weight = (d_weight * scale).to(ctx.types[1])
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None

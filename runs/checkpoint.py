@@ -14,12 +14,9 @@ from pathlib import Path
 
 import torch
 
-from hierarchy import Hierarchy
-from model import GPT, LanguageModel
 from runs import files
 
 LAST, PREVIOUS, BEST = 'last.pt', 'previous.pt', 'best.pt'
-MODELS = {'gpt': GPT, 'hierarchy': Hierarchy}  # by the knob `model`
 KEYS = ('model', 'model_args', 'iter', 'config', 'tokenizer', 'data_fingerprint')  # that readers rely on
 
 
@@ -153,24 +150,3 @@ def load_folder(out_dir: str | Path, which: str = LAST) -> dict:
         raise CheckpointError(
             f'{e}; whole: {", ".join(whole)}: copy one to {out_dir / which} to go on from there'
         ) from None
-
-
-def kind_of(state: dict) -> str:
-    """The name in MODELS of a checkpoint's model."""
-    return state['config'].get('model', 'gpt')  # which runs did not say before there was another
-
-
-def load_model(out_dir: str | Path, which: str = '', device: str = 'cpu') -> tuple[LanguageModel, dict]:
-    """The model of a run and its checkpoint; which: a file's name, or '' for best.pt, else last.pt."""
-    which = which or (BEST if (Path(out_dir) / BEST).exists() else LAST)
-    state = load_folder(out_dir, which)
-    try:
-        kind = MODELS[kind_of(state)]
-        model = kind(kind.config_class(**state['model_args']), seed=0)
-        model.load_state_dict(state['model'])
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(
-            f'{Path(out_dir) / which} does not fit this version of model.py: {reason}'
-        ) from None
-    return model.to(device).eval(), state

@@ -10,18 +10,19 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from runs import files
+from runs.checkpoint import BEST, LAST, PREVIOUS
+from runs.datasets import bytes_per_token
 from runs.records import METRICS, RUN, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
+RUN_FILES = (LAST, PREVIOUS, BEST, METRICS, RUN)  # all that a run leaves in its folder
 WANDB_SECONDS = 60  # that wandb gets at the end to send what is left
 
 # Dense bf16 (V100, T4: fp16) peak in FLOP/s, by a part of the device's name; the first match counts.
@@ -142,33 +143,6 @@ class Metrics:
         self.file.close()
 
 
-@dataclass
-class SpikeWatch:
-    """Early warning: tells when a value stands out above the recent ones. The state is saved and resumed.
-
-    It does where it is 10 % and 8 standard deviations above the median of the last 20 values. The deviation
-    is taken from the steps between neighbours among the last 100, by their median (von Neumann, 1941, made
-    robust): a falling loss does not widen it, nor does an earlier spike. A spike is told once, until a value
-    is back below.
-    """
-
-    recent: list[float] = field(default_factory=list)
-    high: bool = False
-
-    def look(self, value: float) -> float | None:
-        """The usual value (the median), if this one stands out and the one before it did not."""
-        if not math.isfinite(value):
-            return None  # a step that the loss scaler skips
-        was_high, usual = self.high, None
-        if len(self.recent) >= 20:
-            usual = median(self.recent[-20:])
-            steps = [abs(a - b) for a, b in pairwise(self.recent)]
-            deviation = 1.4826 * median(steps) / math.sqrt(2)
-            self.high = value > usual + max(8 * deviation, 0.1 * abs(usual))
-        self.recent = [*self.recent[-99:], value]
-        return usual if self.high and not was_high else None
-
-
 class Wandb:
     """wandb, where it is wanted and works. Whatever it raises is told once; training goes on."""
 
@@ -221,3 +195,97 @@ class Wandb:
                 f'"wandb sync" sends what is missing, {METRICS} has everything',
                 flush=True,
             )
+
+
+def describe_run(k, argv, model, data, device: str, dtype: str, world: int) -> dict:
+    """What run.json says of a run when it begins. world: the number of ranks."""
+    return {
+        'config': asdict(k),
+        'command': ' '.join(argv),
+        'commit': commit(),
+        'versions': versions(),
+        'device': {'type': device, 'name': device_name(device), 'dtype': dtype, 'ranks': world},
+        'threads': torch.get_num_threads(),
+        'model': {
+            'params': model.num_params(),
+            'params_total': model.num_params(non_embedding=False),
+            'params_by_part': model.parts(),
+            'flops_per_token': model.flops_per_token(),
+            'cache_bytes_per_token': model.cache_bytes_per_token(),
+            'state_bytes': model.state_bytes(),
+            'kv_heads': [list(block.attn.heads_produced()) for block in model.transformer.h],
+            'vocab_size': model.config.vocab_size,
+        },
+        'data': {
+            'folder': k.dataset,
+            'fingerprint': data.fingerprint,
+            'tokens': {name: len(tokens) for name, tokens in data.splits.items()},
+            'bytes_per_token': bytes_per_token(data),
+        },
+        'tokens_per_step': k.gradient_accumulation_steps * k.batch_size * k.block_size,
+        'status': 'running',
+    }
+
+
+class Speed:
+    """Tokens per second, and the share of the device's peak FLOP/s, since it was read last."""
+
+    def __init__(self, run: dict, device: str, it: int, seconds: float):
+        """run: see describe_run; it, seconds: of training so far."""
+        self.tokens_per_step, self.flops_per_token = run['tokens_per_step'], run['model']['flops_per_token']
+        peak = peak_flops(device)
+        self.peak = peak and peak * run['device']['ranks']
+        self.it, self.seconds = it, seconds
+
+    def read(self, it: int, seconds: float) -> dict:
+        tokens_per_s = (it - self.it) * self.tokens_per_step / (seconds - self.seconds)
+        self.it, self.seconds = it, seconds
+        mfu = tokens_per_s * self.flops_per_token / self.peak if self.peak else None
+        return {'tokens_per_s': round(tokens_per_s, 1), 'mfu': mfu}
+
+
+class Record:
+    """The record of a run in all its places: metrics.jsonl, run.json and wandb. Where `on` is false (on other
+    ranks than the first, or where a run is only evaluated) nothing is written."""
+
+    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None):
+        """run: see describe_run; resume_iter: of the checkpoint that the run goes on from, or None: then what
+        the folder holds is deleted."""
+        self.on = on
+        if on:
+            out_dir = Path(k.out_dir)
+            for name in RUN_FILES if resume_iter is None else ():
+                (out_dir / name).unlink(missing_ok=True)
+            files.remove_stale(out_dir)
+            self.metrics = Metrics(out_dir, run, resume_iter)
+            name = k.wandb_run_name or out_dir.name
+            self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)
+
+    def log(self, values: dict, seconds: float):
+        """A line of metrics, everywhere. values: 'iter' and more; seconds: of training so far."""
+        if self.on:
+            tokens = values['iter'] * self.metrics.run['tokens_per_step']
+            self.metrics.log({**values, 'tokens': tokens, 'seconds': round(seconds, 3)})
+            self.wandb.log({name: value for name, value in values.items() if value is not None})
+
+    def event(self, values: dict):
+        """A line that is no metric: it says under 'event' what happened."""
+        if self.on:
+            self.metrics.log(values)
+
+    def sync(self):
+        self.metrics.sync()
+
+    def end(self, status: str, it: int, seconds: float, best_val_loss: float, device: str):
+        """Called in a `finally`: an exception that is on its way is told too."""
+        if not self.on:
+            return
+        memory, error = peak_memory(device), sys.exc_info()[1]
+        self.wandb.summary({'status': status, 'best_val_loss': best_val_loss, 'peak_memory_bytes': memory})
+        self.wandb.finish(exit_code=int(status == 'failed'))
+        told = error and f'{type(error).__name__}: {error}'
+        end = {'status': status, 'error': told, 'iter': it, 'seconds': round(seconds, 3)}
+        try:
+            self.metrics.update(**end, peak_memory_bytes=memory)
+        finally:
+            self.metrics.close()

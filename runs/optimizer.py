@@ -25,10 +25,9 @@ def make_optimizer(model, k, device_type: str):
 
 
 def hidden_matrices(model) -> list[nn.Parameter]:
-    """The weights of linear layers, but for those that are token tables too (lm_head)."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    return [w for w in weights if w.requires_grad and id(w) not in tables]
+    """The weights of linear layers inside the blocks; the head is left out, tied or not."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
+    return [w for w in weights if w.requires_grad]
 
 
 def matrix_blocks(model) -> dict[int, list[int]]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
-from data.tokenizer import HF_FILES, TokenizerError
+from data.tokenizer import HF_FILES, TokenizerError, from_spec
 from data.tokenizer import load as load_tokenizer
 from model import GPT, GPTConfig, HeadLinear
 
@@ -160,6 +160,21 @@ def _fitting(name, source, parameter, module, head_size, other_tokens):
             dropped = (len(source) - len(module.rows)) // head_size
             source, how = source[module.rows], f'copied but for {dropped} dead heads' if dropped else how
     return (source, how) if source.shape == parameter.shape else (None, 'initialised: another shape')
+
+
+def begin_with(model: GPT, source: Pretrained, data) -> str:
+    """Copy what fits into the model and free the source's copy -> a table of what became of each tensor."""
+    rows = copy_weights(model, source, other_tokens(data, source))
+    source.weights.clear()
+    return f'from {source.folder}:\n{copy_table(rows)}'
+
+
+def other_tokens(data, source: Pretrained) -> str:
+    """'' if the data's token ids mean what they mean to the checkpoint; else the reason to think not."""
+    if data.tokenizer_spec is None:  # plain .bin: the number of ids is all that is known
+        sizes = data.vocab_size, source.config.vocab_size
+        return '' if sizes[0] == sizes[1] else 'the data has {} token ids, the checkpoint {}'.format(*sizes)
+    return token_difference(from_spec(data.tokenizer_spec), source.folder)
 
 
 def token_difference(tokenizer, folder: str | Path) -> str:

@@ -1,9 +1,10 @@
-"""The device a program runs on and the type it computes in."""
+"""The device that a program runs on, the type it computes in, and its memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import sys
 
@@ -39,6 +40,23 @@ def pick_dtype(wanted: str, device: str) -> str:
     if wanted == 'float16' and not device.startswith('cuda'):
         raise ConfigError(f"dtype='float16' needs CUDA, the device is {device}: use bfloat16 or float32")
     return wanted
+
+
+def set_up(k, local_rank: int) -> tuple[str, str]:
+    """Make this process ready to train as the knobs say -> the device and the type of its products."""
+    device = pick_device(k.device, local_rank)
+    dtype = pick_dtype(k.dtype, device)
+    if k.threads:
+        torch.set_num_threads(k.threads)
+    if device == 'cpu':
+        keep_memory()
+    torch.set_float32_matmul_precision('high')
+    torch.use_deterministic_algorithms(k.deterministic)  # an operation that cannot be is an error
+    if k.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # which cuBLAS asks for then
+    if device.startswith('cuda'):
+        torch.cuda.set_device(device)
+    return device, dtype
 
 
 def autocast_for(device: str, dtype: str):

@@ -48,7 +48,7 @@ def random_gpt(config, seed=0, std=0.2):
     are not at their start either."""
     import torch
 
-    from runs.checkpoint import MODELS
+    from runs.models import MODELS
 
     model = next(m for m in MODELS.values() if m.config_class is type(config))(config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -56,6 +56,15 @@ def random_gpt(config, seed=0, std=0.2):
         for p in model.parameters():
             p.add_(torch.empty_like(p).normal_(0.0, std, generator=generator))
     return model.eval()
+
+
+def small_specs() -> list[str]:
+    """Every attention of the registry, with options for models of 3 or 4 layers of 4 heads."""
+    from layers.registry import ATTENTIONS
+
+    options = {'reflex': '2-2', 'layer0': '4/2-2', 'layer0_residual': '4/2-2'}
+    options |= dict.fromkeys(['shared_above', 'fused_lite', 'midpoint'], 'layer=0')
+    return [f'{name}({options[name]})' if name in options else name for name in ATTENTIONS]
 
 
 CAPITALS = {'Франции': 'Париж', 'Японии': 'Токио', 'Китая': 'Пекин'}

@@ -8,6 +8,7 @@ import sys
 
 import tiny
 import train
+from runs.ranks import run_rank
 
 if __name__ == '__main__':
     step, then, *argv = sys.argv[1:]
@@ -19,4 +20,4 @@ if __name__ == '__main__':
             tiny.kill_me()
 
     tiny.at_step_after_saves(int(step), action)
-    train.run(argv)
+    run_rank(train.main, argv)

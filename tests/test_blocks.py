@@ -9,7 +9,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import random_gpt
-from model import GPT, MLPS, NORMS, POSITIONS, GPTConfig, RMSNorm, RotaryPosition
+from layers.mlps import MLPS
+from layers.norms import NORMS, RMSNorm
+from layers.positions import POSITIONS, RotaryPosition
+from model import GPT, GPTConfig
 
 TINY = GPTConfig(
     block_size=16, vocab_size=40, n_layer=3, n_head=4, n_embd=32, attention='reflex', head_split='2-1-1'
@@ -207,7 +210,7 @@ def test_weights_of_one_kind_do_not_load_into_another_of_the_same_shapes(changes
     'changes, message',
     [
         ({'norm': 'batchnorm'}, "norm='batchnorm' is unknown: one of layernorm, rmsnorm"),
-        ({'mlp': 'relu'}, "mlp='relu' is unknown: one of gelu, gelu_tanh, swiglu"),
+        ({'mlp': 'relu'}, "mlp='relu' is unknown: one of gelu, gelu_tanh, relu2, swiglu"),
         ({'position': 'alibi'}, "position='alibi' is unknown: one of learned, rotary, none"),
         ({'position': 'rotary', 'n_embd': 36}, 'n_embd=36 / n_head=4 gives heads of 9: choose an even'),
     ],

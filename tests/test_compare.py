@@ -432,7 +432,8 @@ def test_two_arms_that_are_one_model_are_told(tmp_path):
     shape = {'n_layer': 6, 'n_head': 8}
     for arm, knobs in {
         'vanilla': {'attention': 'vanilla', 'head_split': '4-2-2'},
-        'same': {'attention': 'reflex', 'head_split': '8', 'learning_rate': 2e-3},
+        'older': {'attention': 'first', 'head_split': '8/4-4'},  # another spelling
+        'same': {'attention': 'layer0(8/4-4)', 'head_split': '', 'learning_rate': 2e-3},
         'cla': {'attention': 'cla'},
         'dropout': {'attention': 'vanilla', 'dropout': 0.1},
     }.items():
@@ -441,7 +442,7 @@ def test_two_arms_that_are_one_model_are_told(tmp_path):
     make_run(tmp_path / 'exp/value_residual/seed0', 4.0, run=larger, **shape, attention='value_residual')
     _, page = report(tmp_path / 'exp')
     told = [w for w in page['warnings'] if 'same model' in w]
-    assert len(told) == 1 and told[0].startswith('same and vanilla are the same model')
+    assert len(told) == 1 and told == ['same and older are the same model, trained alike']
 
 
 def test_arms_have_colours_of_their_own(tmp_path):

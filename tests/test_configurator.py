@@ -137,7 +137,7 @@ def test_a_command_line_is_divided_between_two_programs():
         note: str = ''
 
     argv = '4 --seeds 3 --status --max_iters 20 --compile mine.py --note=own --decay_lr=false'.split()
-    own, passed = configurator.divide(Own, lambda: Knobs, argv)
+    own, passed = configurator.divide(Own, Knobs, argv)
     assert own == ['4', 'mine.py', '--seeds=3', '--status=true', '--note=own']
     assert passed == ['--max_iters=20', '--compile=true', '--decay_lr=false']
     assert configure(Own, own, words='X').knobs == Own(3, True, 'own')
@@ -147,8 +147,8 @@ def test_a_command_line_is_divided_between_two_programs():
         (['--max_iters=x'], "sets max_iters to 'x', but max_iters wants a whole number (int)"),
         (['--seeds'], 'gives --seeds no value; write --seeds=value'),
     ):
-        assert part in refused(configurator.divide, Own, lambda: Knobs, argv)
-    assert configurator.divide(Own, lambda: 1 / 0, ['4', '--seeds=2', '-h']) == (['4', '--seeds=2', '-h'], [])
+        assert part in refused(configurator.divide, Own, Knobs, argv)
+    assert configurator.divide(Own, Knobs, ['4', '--seeds=2', '-h']) == (['4', '--seeds=2', '-h'], [])
 
 
 @pytest.mark.parametrize(

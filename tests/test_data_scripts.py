@@ -1,8 +1,10 @@
 """Every prepare.py run as a user runs it, on a small file in its original form, and the tools beside them."""
 
+import bz2
 import gzip
 import importlib.util
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -13,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
+from data.files import CorpusError
+from data.scripts import options
 from data.tokendata import DataError, open_data
 from data.tokenizer import from_spec, train_bpe
 from fake_hub import COMMIT, serving
@@ -41,7 +46,7 @@ def run(root, script, *arguments, status=0, **environment):
     return done.stdout, done.stderr
 
 
-def script(root, name):
+def module_of(root, name):
     """data/NAME/prepare.py as a module."""
     spec = importlib.util.spec_from_file_location(f'prepare_{name}', root / 'data' / name / 'prepare.py')
     module = importlib.util.module_from_spec(spec)
@@ -69,7 +74,9 @@ def write_parquet(path, texts):
     return path
 
 
-@pytest.mark.parametrize('name', [f'{name}/prepare.py' for name in SCRIPTS] + ['peek.py', 'bench_encode.py'])
+@pytest.mark.parametrize(
+    'name', [f'{name}/prepare.py' for name in SCRIPTS] + ['prepare.py', 'peek.py', 'bench_encode.py']
+)
 def test_help(root, name):
     assert '--help' in run(root, name, '--help')[0]
 
@@ -78,6 +85,38 @@ def test_no_script_is_left_out(root):
     assert sorted(p.parent.name for p in (root / 'data').glob('*/prepare.py')) == sorted(SCRIPTS)
     for name in SCRIPTS:
         assert (root / 'data' / name / 'readme.md').is_file()
+
+
+def test_every_option_takes_its_value_both_ways():
+    parser = options(Path('data/x'), '', 'gpt2', hub=('owner/name', None), val_fraction=0.1)
+    names = [action.option_strings[0] for action in parser._actions if action.dest != 'help']
+    assert len(names) == 11
+    numbers = {'--val_fraction': '0.5', '--num_proc': '3', '--split_seed': '3', '--shard_tokens': '9'}
+    for name in names:
+        value = numbers.get(name, 'a.txt')
+        one, other = parser.parse_args([name, value]), parser.parse_args([f'{name}={value}'])
+        assert one == other != parser.parse_args([]), name
+    both = parser.parse_args(['--files=a.txt', '--files', 'b.txt', 'c.txt', '--files=d.txt'])
+    assert both.files == ['a.txt', 'b.txt', 'c.txt', 'd.txt']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'wanted'),
+    [
+        (['--val_fraction=nan'], "argument --val_fraction: 'nan' is not a number between 0 and 1"),
+        (['--val_fraction', '1'], "'1' is not a number between 0 and 1"),
+        (['--split_seed=-1'], "argument --split_seed: '-1' is not a whole number of at least 0"),
+        (['--num_proc=0'], "argument --num_proc: '0' is not a whole number of at least 1"),
+        (['--file', 'a.txt'], 'unrecognized arguments: --file a.txt'),
+        (['--files'], 'argument --files: expected at least one argument'),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_one_line(arguments, wanted):
+    parser = options(Path('data/x'), '', 'gpt2', val_fraction=0.1)
+    with pytest.raises(CorpusError, match=re.escape(wanted)) as error:
+        parser.parse_args(arguments)
+    assert '\n' not in str(error.value)
+    assert '--help' in str(error.value)
 
 
 def test_openwebtext_from_the_hub_and_from_its_cache(root, tmp_path, gpt2):
@@ -135,8 +174,8 @@ def test_openwebtext_from_files(root, tmp_path, gpt2):
     meta = open_data(out).meta
     assert meta['command'].startswith('python data/openwebtext/prepare.py --files')
     assert decoded(out, 'val') == ''.join(f'{row["body"]}<|endoftext|>' for row in rows[10:])
-    _, errors = run(root, 'openwebtext/prepare.py', '--files', train, '--out_dir', tmp_path / 'no', status=1)
-    assert errors.startswith(f"error: {train}, line 1 has no field 'text', only body, id: say which")
+    _, errors = run(root, 'openwebtext/prepare.py', '--files', train, '--out_dir', tmp_path / 'no', status=2)
+    assert errors.startswith(f"prepare.py: {train}, line 1 has no field 'text', only body, id: say which")
 
 
 def test_openwebtext_with_a_bpe_of_its_own(root, tmp_path):
@@ -159,11 +198,80 @@ def test_openwebtext_with_a_bpe_of_its_own(root, tmp_path):
     assert data.meta['splits']['val']['documents'] == 4
 
 
+COMPRESS = {
+    'gz': gzip.compress,
+    'xz': lzma.compress,
+    'bz2': bz2.compress,
+    'zst': zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize('form', ['jsonl', *COMPRESS, 'json', 'parquet', 'zip', 'folder', 'files'])
+def test_own_text_in_every_form(root, tmp_path, form):
+    """Ten documents, one of which is held out."""
+    texts = [f'{TEXT} {i}' for i in range(10)]
+    files = [tmp_path / (f'rows.jsonl.{form}' if form in COMPRESS else f'rows.{form}')]
+    rows = [{'text': text, 'number': i} for i, text in enumerate(texts)]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    if form == 'parquet':
+        write_parquet(files[0], texts)
+    elif form in ('zip', 'folder', 'files'):
+        files = [tmp_path / 'texts' / f'{i}.txt' for i in range(10)]
+        for path, text in zip(files, texts, strict=True):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding='utf-8')
+        if form == 'zip':
+            with zipfile.ZipFile(tmp_path / 'texts.zip', 'w') as archive:
+                archive.writestr('__MACOSX/._0.txt', b'\xff')
+                archive.writestr('picture.png', b'\xff')
+                for path in files:
+                    archive.write(path, f'inside/{path.name}')
+        files = {'zip': [tmp_path / 'texts.zip'], 'folder': [tmp_path / 'texts'], 'files': files}[form]
+    else:
+        content = (json.dumps(rows, indent=1) if form == 'json' else lines).encode('utf-8')
+        files[0].write_bytes(COMPRESS[form](content) if form in COMPRESS else content)
+    flags = ['--tokenizer', 'bytes', '--val_fraction', 0.1, '--num_proc', 1, f'--out_dir={tmp_path / "set"}']
+    shown, _ = run(root, 'prepare.py', '--files', *files, *flags)
+    assert ('1 of 11 files are neither text nor records' in shown) == (form == 'zip')
+    meta = open_data(tmp_path / 'set').meta
+    assert [meta['splits'][split]['documents'] for split in ('train', 'val')] == [9, 1]
+    assert meta['command'].startswith('python data/prepare.py --files')
+    held = int(np.random.default_rng(2357).permutation(10)[0])
+    assert decoded(tmp_path / 'set', 'val') == texts[held] + '<|endoftext|>'
+    assert decoded(tmp_path / 'set', 'train') == ''.join(
+        text + '<|endoftext|>' for text in texts if text != texts[held]
+    )
+
+
+@pytest.mark.parametrize('tokenizer', ['bpe:270', 'bytes', 'chars'])
+def test_one_own_text_is_divided_by_position(root, tmp_path, tokenizer):
+    text = ''.join(f'{i} {TEXT}' for i in range(20))
+    (tmp_path / 'book.txt').write_text('\ufeff' + text, encoding='utf-8')
+    out = tmp_path / 'set'
+    run(root, 'prepare.py', f'--files={tmp_path / "book.txt"}', '--tokenizer', tokenizer, '--out_dir', out)
+    found = [decoded(out, split) for split in ('train', 'val')]
+    assert ''.join(found).removeprefix('\ufeff') == text
+    assert 0.04 < len(found[1]) / len(text) < 0.06
+
+
+def test_own_text_with_validation_text_of_its_own(root, tmp_path):
+    for name in ('a', 'b', 'c'):
+        (tmp_path / f'{name}.txt').write_text(f'{TEXT} {name}', encoding='utf-8')
+    rows = write_jsonl(tmp_path / 'rows.jsonl', [{'my text': 'd', 'text': 7}])
+    flags = [f'--files={tmp_path / "a.txt"}', f'--files={rows}', f'--val_files={tmp_path / "b.txt"}']
+    flags += [f'--test_files={tmp_path / "c.txt"}', '--field=my text', '--tokenizer=bytes']
+    run(root, 'prepare.py', *flags, f'--out_dir={tmp_path / "set"}')
+    found = [decoded(tmp_path / 'set', split) for split in ('train', 'val', 'test')]
+    assert found == [
+        f'{TEXT} a<|endoftext|>d<|endoftext|>', f'{TEXT} b<|endoftext|>', f'{TEXT} c<|endoftext|>',
+    ]  # fmt: skip
+
+
 def test_an_unfinished_preparation_names_its_command(root, tmp_path):
     out = tmp_path / 'set'
     train = write_jsonl(tmp_path / 'train.jsonl', [{'text': TEXT}, {'text': 7}])
     flags = ['--files', train, '--tokenizer', 'bytes', '--val_fraction', '0.5', '--out_dir', out]
-    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=1)
+    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=2)
     assert 'line 2: field' in errors
     command = ' '.join(['python', 'data/openwebtext/prepare.py', *map(str, flags)])
     with pytest.raises(DataError, match=re.escape(f'unfinished preparation: run {command}; it goes on')):
@@ -278,7 +386,7 @@ def test_russian_instructions(root, tmp_path):
 
 
 def test_stdlib_takes_the_sources_and_not_the_tests(root, tmp_path):
-    stdlib = script(root, 'stdlib')
+    stdlib = module_of(root, 'stdlib')
     for i in range(150):
         (tmp_path / f'module{i}.py').write_text(f'x = {i}\n', encoding='utf-8')
     (tmp_path / 'latin.py').write_bytes('# -*- coding: latin-1 -*-\n# caf\xe9\n'.encode('latin-1'))
@@ -304,7 +412,7 @@ def test_stdlib_takes_the_sources_and_not_the_tests(root, tmp_path):
 
 
 def test_stdlib_of_this_python(root):
-    splits = script(root, 'stdlib').library_splits(Path(sysconfig.get_path('stdlib')))
+    splits = module_of(root, 'stdlib').library_splits(Path(sysconfig.get_path('stdlib')))
     assert len(splits['train']) > 300
     assert len(splits['val']) > 10
     source = next(s for s in splits['train'] + splits['val'] if Path(s.path).name == 'argparse.py')
@@ -313,7 +421,7 @@ def test_stdlib_of_this_python(root):
 
 
 def test_stdlib_without_sources_is_one_line(root, tmp_path):
-    stdlib = script(root, 'stdlib')
+    stdlib = module_of(root, 'stdlib')
     (tmp_path / 'only.py').write_text('x = 1\n', encoding='utf-8')
     with pytest.raises(stdlib.CorpusError, match='holds 1 source files'):
         stdlib.library_splits(tmp_path)
@@ -321,7 +429,7 @@ def test_stdlib_without_sources_is_one_line(root, tmp_path):
 
 def test_stdlib_on_files(root, tmp_path):
     for name in ('train', 'val'):
-        (tmp_path / f'{name}.py').write_text(TEXT * 50, encoding='utf-8')
+        (tmp_path / f'{name}.py').write_text(TEXT * 50 + name, encoding='utf-8')
     flags = [
         '--files',
         tmp_path / 'train.py',
@@ -331,8 +439,11 @@ def test_stdlib_on_files(root, tmp_path):
         tmp_path / 'set',
     ]
     run(root, 'stdlib/prepare.py', *flags)
-    assert decoded(tmp_path / 'set', 'val') == TEXT * 50 + '<|endoftext|>'
-    assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=1)[1]
+    assert decoded(tmp_path / 'set', 'val') == TEXT * 50 + 'val<|endoftext|>'
+    assert '--val_files' in run(root, 'stdlib/prepare.py', *flags[:2], status=2)[1]
+
+
+OWN_ROWS = ['prepare.py', '--tokenizer=bytes', '--val_fraction=0.05', '--files', '{here}/rows.jsonl']
 
 
 @pytest.mark.parametrize(
@@ -341,7 +452,10 @@ def test_stdlib_on_files(root, tmp_path):
         (['shakespeare/prepare.py', '--files', '{here}/none.txt'], 'none.txt does not exist'),
         (['shakespeare/prepare.py', '--val_files', '{here}/a.txt'], '--files, which is missing'),
         (['shakespeare/prepare.py', '--files', '{here}/a.txt', '{here}/a.txt'], 'not 2 files'),
-        (['shakespeare/prepare.py', '--files', '{here}/cut.txt.gz'], 'cut.txt.gz cannot be read: EOFError'),
+        (
+            ['shakespeare/prepare.py', '--files', '{here}/cut.txt.gz'],
+            'cut.txt.gz is truncated: its .gz data has no end',
+        ),
         (
             ['shakespeare/prepare.py', '--files', '{here}/a.txt', '--test_files', '{here}/a.txt'],
             '--val_files',
@@ -353,18 +467,38 @@ def test_stdlib_on_files(root, tmp_path):
             "no encoding 'gpt22'",
         ),
         (['openwebtext/prepare.py', '--files', '{here}/a.csv'], '.csv is not read here'),
+        (
+            ['prepare.py', '--files', '{here}/a.txt', '--tokenizer=bytes'],
+            '4 bytes of text, of which 0 are for validation',
+        ),
+        (['prepare.py', '--files', '{here}/none'], 'none does not exist'),
+        (['prepare.py', '--files', '{here}/*.txt.xz'], 'no text in'),
+        (['prepare.py', '--files', '{here}/pictures.zip'], 'no text in'),
+        (['prepare.py', '--files', '{here}/broken.zip'], 'broken.zip cannot be read: BadZipFile'),
+        (['prepare.py', '--files', '{here}/a.tar.gz'], '.tar is not read here; unpack it'),
+        ([*OWN_ROWS], "rows.jsonl, line 1 has no field 'text', only a.b"),
+        ([*OWN_ROWS, '--field='], "--field: '' is not the name of a field"),
+        ([*OWN_ROWS, '--field', '{{a'], "'{a' is not the name of a field"),
+        (['russian_instructions/prepare.py', '--template', '{{'], "template '{': "),
+        (['russian_instructions/prepare.py', '--template', 'a'], "'a' names no field"),
         (['peek.py', '{here}'], 'meta.json is missing'),
     ],
 )
 def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
     for name in ('a.txt', 'a.csv'):
         (tmp_path / name).write_text('text', encoding='utf-8')
+    (tmp_path / 'a.tar.gz').write_bytes(b'')
+    (tmp_path / 'broken.zip').write_bytes(b'PK')
+    write_jsonl(tmp_path / 'rows.jsonl', [{'a.b': TEXT}])
+    with zipfile.ZipFile(tmp_path / 'pictures.zip', 'w') as archive:
+        archive.writestr('a.png', '')
+        archive.writestr('b.png', '')
     (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'text ' * 1000)[:-20])
     arguments = [a.format(here=tmp_path) for a in arguments]
     if arguments[0] != 'peek.py':
         arguments += ['--out_dir', tmp_path / 'set']
-    _, errors = run(root, *arguments, status=1)
-    assert errors.startswith('error: ')
+    _, errors = run(root, *arguments, status=2)
+    assert errors.startswith(f'{Path(arguments[0]).name}: ')
     assert errors.count('\n') == 1
     assert wanted in errors
     assert not (tmp_path / 'set' / 'meta.json').exists()
@@ -373,8 +507,10 @@ def test_mistakes_are_one_line(root, tmp_path, arguments, wanted):
 def test_without_a_network_the_message_says_what_to_do(root, tmp_path):
     hub = {'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}  # nothing answers there
     flags = ['--tokenizer', 'bytes', '--out_dir', tmp_path / 'set']
-    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=1, **hub)
-    assert errors.startswith('error: cannot reach https://huggingface.co/datasets/Skylion007/openwebtext (')
+    _, errors = run(root, 'openwebtext/prepare.py', *flags, status=2, **hub)
+    assert errors.startswith(
+        'prepare.py: cannot reach https://huggingface.co/datasets/Skylion007/openwebtext ('
+    )
     assert 'hf download Skylion007/openwebtext --repo-type dataset --revision' in errors
     assert 'HF_HUB_OFFLINE=1' in errors
     assert '--files' in errors
@@ -384,7 +520,7 @@ def test_without_a_network_the_message_says_what_to_do(root, tmp_path):
 def test_a_download_is_checked(tmp_path):
     import hashlib
 
-    from data.sources import CorpusError, download
+    from data.sources import download
 
     archive = tmp_path / 'enwik8.zip'
     with zipfile.ZipFile(archive, 'w') as file:
@@ -400,13 +536,13 @@ def test_a_download_is_checked(tmp_path):
     archive.write_bytes((folder / 'enwik8.zip').read_bytes())
     (folder / 'enwik8.zip').write_text('<html>not found</html>', encoding='utf-8')
     assert download(url, digest, folder) == str(folder / 'enwik8.zip')  # fetched again
-    with pytest.raises(CorpusError, match='SHA-256 0000'):
+    with pytest.raises(CorpusError, match='its SHA-256 is not 0000'):
         download(url, '0' * 64, folder)
 
 
 def test_peek(root, tmp_path):
-    for name in ('train', 'val'):
-        (tmp_path / f'{name}.txt').write_text('abca' * 100, encoding='utf-8')
+    for name, text in (('train', 'abca'), ('val', 'cbaa')):
+        (tmp_path / f'{name}.txt').write_text(text * 100, encoding='utf-8')
     flags = [
         '--files',
         tmp_path / 'train.txt',

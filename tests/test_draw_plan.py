@@ -34,7 +34,7 @@ def test_the_kept_pictures_are_those_of_their_configs(draw, root):
 
 def test_a_head_with_key_and_value_of_two_layers_is_explained(draw):
     shown = texts(draw('config/first_values_422.py'))
-    assert 'first 8/4-2-2' in shown and shown.count('5/0') == 2 and shown.count('5/4') == 2
+    assert 'layer0(8/4-2-2)' in shown and shown.count('5/0') == 2 and shown.count('5/4') == 2
     assert '5/2: the key of layer 5, the value of layer 2' in shown
     assert '5/2: the key of layer 5, the value of layer 2' not in texts(draw('config/reflex_422.py'))
 
@@ -49,7 +49,11 @@ def test_no_lag_has_the_colour_of_the_own_layer_and_the_legend_has_room(draw):
 
 @pytest.mark.parametrize(
     ('argument', 'words'),
-    [('--model=x', "model='x'"), ('--attention=leap', 'no plan to draw'), ('--n_head=7', 'n_head=7')],
+    [
+        ('--model=x', "model='x'"),
+        ('--attention=leap', 'has no head plan'),
+        ('--n_head=7', 'n_head=7'),
+    ],
 )
 def test_what_cannot_be_drawn_is_one_line(draw, argument, words):
     with pytest.raises(ConfigError, match=words) as error:

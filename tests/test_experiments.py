@@ -21,8 +21,8 @@ import experiments
 import train
 from configurator import ConfigError, configure
 from runs import metrics
-from runs.checkpoint import MODELS
 from runs.files import FileError, lock_holder
+from runs.models import MODELS
 from runs.records import RecordError, find_runs, pack, unlike, what_is_learned
 
 RATES = '--rates=1e-3,2e-3,4e-3'  # the stand-in is best at one of them, or at the one beyond
@@ -55,7 +55,7 @@ asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 metrics, last = out / 'metrics.jsonl', out / 'last.pt'
 start = int(last.read_text()) if last.exists() else 0
-kind = config['attention'] + config['head_split'] if 'head_split' in config else config['attention']
+kind = config['attention']
 best = 8e-3 if kind == 'reflex_all' else 2e-3
 rate, n, run = config['learning_rate'], config['max_iters'], dict(status='running', error=None)
 diverged = config['seed'] == 7
@@ -81,7 +81,7 @@ for it in range(start, n + 1):
         f.write(json.dumps({'iter': it, 'loss': 1.0, 'tokens_per_s': speed, 'mfu': None}) + chr(10))
         if it == n:
             loss = 4 + config['seed'] / 100 + abs(math.log(rate / best)) / 10
-            loss += {'cla': -0.3, 'lime': -0.2, 'reflex5-2-1': 0.1}.get(kind, 0)
+            loss += {'cla': -0.3, 'lime': -0.2, 'reflex(5-2-1)': 0.1}.get(kind, 0)
             if kind == 'lime' and n > 6:
                 loss -= 0.4  # which a search sees in its last round only
             f.write(json.dumps({'iter': it, 'train/loss': loss, 'val/loss': loss}) + chr(10))
@@ -146,8 +146,8 @@ def test_the_published_sizes():
     k = plan.job('t', 'reflex_422', 3, 1e-3).knobs
     assert (k.n_layer, k.n_head, k.n_embd, k.block_size, k.batch_size) == (6, 8, 768, 1024, 32)
     assert (k.max_iters, k.warmup_iters, k.learning_rate, k.min_lr, k.beta2) == (5000, 400, 1e-3, 1e-5, 0.98)
-    assert (k.head_split, k.seed, k.bias, k.dropout, k.gradient_accumulation_steps) == (
-        '4-2-2',
+    assert (k.attention, k.seed, k.bias, k.dropout, k.gradient_accumulation_steps) == (
+        'reflex(4-2-2)',
         3,
         False,
         0,
@@ -491,10 +491,10 @@ def test_an_arm_of_ones_own(lab, tmp_path):
 
 def test_two_arms_that_are_one_model_are_told(lab, tmp_path, capsys):
     same = tmp_path / 'same.py'
-    same.write_text("attention = 'reflex'\nhead_split = '8'\n", encoding='utf-8')
+    same.write_text("attention = 'reflex'\nhead_split = '4-2-2'\n", encoding='utf-8')
     lab('4', str(same), '--arms=vanilla,reflex_422,same', '--learning_rate=2e-3', '--seeds=1', '--jobs=3')
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caution')]
-    assert told == ['caution: same and vanilla are the same model, trained alike']
+    assert told == ['caution: same and reflex_422 are the same model, trained alike']
 
 
 def test_status_and_mistakes(lab, tmp_path, capsys):
@@ -569,7 +569,7 @@ import experiments
 try:
     experiments.run_program(experiments.main)
 finally:
-    print('loaded:', *({'torch', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)), file=sys.stderr)
+    print('loaded:', *({'torch', 'matplotlib', 'scipy'} & set(sys.modules)), file=sys.stderr)
 """
     for argv in (['--help'], ['4', '--scale=cpu', '--jobs=0'], ['4'], ['7', '--scale=cpu']):
         done = subprocess.run(
@@ -758,7 +758,7 @@ def test_a_real_run(tmp_path):
     command += [f'--out={tmp_path / "out"}', '--compile=false']
     assert experiments.main(command) == 0
     (run,) = find_runs([str(tmp_path / 'out/4-cpu')])
-    assert run.finished and run.config['head_split'] == '4-2-2' and 3 < run.val_loss < 5
+    assert run.finished and run.config['attention'] == 'reflex(4-2-2)' and 3 < run.val_loss < 5
     assert [e['iter'] for e in run.evals] == [0, 3]
     assert experiments.main(command) == 0, 'finished, with the settings that were asked for'
     text = compare.markdown(compare.Comparison([run]), 'x', 'y')

@@ -13,6 +13,7 @@ from configurator import ConfigError
 from data.tokenizer import Bytes
 from model import GPT, GPTConfig
 from runs import checkpoint
+from runs.models import load_model
 
 TEXT = 'Straße </script> & <b>"ё"</b>\nnot every word matters as much'
 
@@ -63,9 +64,9 @@ def test_additive_attention_has_two_views_per_layer():
     assert titles[4] == 'layer 2: queries, global'
 
 
-@pytest.mark.parametrize('attention', ['vanilla', 'reflex', 'lime'])
+@pytest.mark.parametrize('attention', ['vanilla', 'reflex(2-2)', 'lime'])
 def test_views_of_other_attentions_are_what_the_last_token_pays(attention):
-    model = gpt(attention=attention, head_split='2-2')
+    model = gpt(attention=attention)
     ids = list(range(20))
     views = explain.look(model, ids)
     assert len(views) == 3 and not any(view.logits for view in views)
@@ -89,6 +90,13 @@ def test_long_texts_keep_the_last_reader_alone(monkeypatch):
     assert [len(row) for row in explain.look(model, list(range(19)))[0].readers[3]] == list(range(1, 20))
 
 
+def test_the_last_token_pays_nothing_outside_its_window():
+    views = explain.look(gpt(attention='vanilla(window=5)'), list(range(20)))
+    for view in views:
+        paid = torch.tensor(view.heads)
+        assert (paid[:, :15] == 0).all() and (paid[:, 15:] > 0).all()
+
+
 def test_looking_leaves_the_model_as_it_was():
     model = gpt(attention='leap vanilla*2')
     ids = torch.arange(20)[None]
@@ -104,9 +112,9 @@ def test_tokens_add_up_to_the_text():
     assert added == ['', 'ё', '=', '', '', '', '\ufffd.'] and ''.join(added) == 'ё=\ufffd.'
 
 
-@pytest.mark.parametrize('attention', ['leap', 'additive', 'reflex'])
+@pytest.mark.parametrize('attention', ['leap(auto)', 'additive(auto)', 'reflex(2-2)'])
 def test_the_program_writes_a_page_and_a_picture(attention, tmp_path, capsys):
-    run = run_of(gpt(attention=attention, head_split='2-2'), tmp_path / 'run')
+    run = run_of(gpt(attention=attention), tmp_path / 'run')
     assert explain.main([f'--out_dir={run}', f'--text={TEXT}', '--head=1']) == 0
     page = (run / 'explain.html').read_text(encoding='utf-8')
     assert not re.search(r'https?:|src=|@import', page), 'nothing is loaded from elsewhere'
@@ -142,7 +150,7 @@ def test_the_page_in_a_browser(browser, tmp_path):
     problems = []
     page.on('pageerror', lambda error: problems.append(str(error)))
     page.goto((run / 'explain.html').as_uri())
-    (model, _), T = checkpoint.load_model(run), 8  # the begin of the text, and seven bytes
+    (model, _), T = load_model(run), 8  # the begin of the text, and seven bytes
     view = explain.look(model, [256, *b'one two'])[2]
     titles_of = 'all => all.map(s => s.title.split(": ")[1])'
     shown = [float(title) for title in page.locator('#text span').evaluate_all(titles_of)]

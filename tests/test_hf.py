@@ -9,11 +9,9 @@ from dataclasses import MISSING, asdict, fields, replace
 import pytest
 import torch
 
-from conftest import random_gpt
+from conftest import random_gpt, small_specs
 from data.tokenizer import Bytes, Chars, Tiktoken, train_bpe
 from hierarchy import HierarchyConfig
-from layers.leap import WINDOWED
-from layers.plans import PLANS
 from model import GPT, GPTConfig
 from runs import checkpoint
 
@@ -31,19 +29,20 @@ TINY = GPTConfig(
     n_layer=3,
     n_head=4,
     n_embd=32,
-    attention='reflex',
-    head_split='2-1-1',
+    attention='reflex(2-1-1)',
 )
 KINDS = {
-    **{plan: {'attention': plan} for plan in PLANS},
-    'keys and values apart': {'head_split': '4/2-1-1'},
-    'no own key': {'head_split': '2-2/4', 'n_layer': 2},
-    **{kind: {'attention': kind} for kind in WINDOWED},
-    'leap without end': {'attention': 'leap', 'position': 'rotary', 'windows': '2-5-0'},
-    'leap below reflex': {'attention': 'leap*2 reflex*2', 'n_layer': 4, 'head_split': '2-2'},
+    **{spec: {'attention': spec} for spec in small_specs()},
+    'three lags': {'attention': 'reflex(2-1-1)'},
+    'first layer, values apart': {'attention': 'layer0_residual(4/2-1-1)'},
+    'all that is new': {'x0_skip': True, 'softcap': 5.0, 'tied': False, 'mlp': 'relu2', 'mlp_hidden': 80},
+    'keys and values apart': {'attention': 'reflex(4/2-1-1)'},
+    'no own key': {'attention': 'reflex(2-2/4)', 'n_layer': 2},
+    'windows': {'attention': 'vanilla(window=3)*2 reflex(2-1-1, window=5)'},
+    'leap without end': {'attention': 'leap(2-5-0)', 'position': 'rotary'},
+    'leap below reflex': {'attention': 'leap*2 reflex(2-2)*2', 'n_layer': 4},
     'modern': {'norm': 'rmsnorm', 'mlp': 'swiglu', 'position': 'rotary', 'qk_norm': True, 'bias': True},
-    'leap': {'attention': 'leap', 'windows': '2-5-0'},
-    'additive': {'attention': 'additive'},
+    'leap with windows': {'attention': 'leap(2-5-0)'},
     'leap and vanilla': {'attention': 'vanilla leap*2', 'position': 'none'},
     'no positions': {'position': 'none', 'mlp': 'gelu_tanh'},
 }
@@ -89,7 +88,7 @@ def test_exported_and_loaded_it_is_the_same_model(exported, kind):
     torch.testing.assert_close(out.logits, wanted, rtol=1e-5, atol=1e-5)
     loss = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-5)
-    assert loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight
+    assert (loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight) == model.config.tied
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -159,7 +158,7 @@ def test_a_batch_padded_on_the_right_goes_on_or_is_refused(exported, kind):
         options = {'attention_mask': mask, 'past_key_values': start.past_key_values}
         return loaded(ids[:, 5:], **options).logits[1]
 
-    if loaded.averages:
+    if loaded.gpt.padding == 'left':
         with pytest.raises(ValueError, match='padding stands between tokens'):
             go_on()
     else:
@@ -204,10 +203,10 @@ def test_the_config_is_gptconfig_and_checks_like_it():
     named = ReflexConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, n_positions=16)
     assert (named.n_embd, named.n_layer, named.n_head, named.block_size) == (64, 2, 4, 16)
     assert named.max_position_embeddings == 16 and named.hidden_size == 64
-    with pytest.raises(Exception, match="head_split='4-2-2' adds up to 8 heads, but n_head=4"):
+    with pytest.raises(Exception, match="head split '4-2-2' adds up to 8 heads, but n_head=4"):
         ReflexConfig(n_head=4, attention='reflex')
-    with pytest.raises(Exception, match='tie_word_embeddings=False'):
-        ReflexConfig(tie_word_embeddings=False)
+    for untied in (ReflexConfig(tie_word_embeddings=False), ReflexConfig(tied=False)):
+        assert not untied.tied and not untied.tie_word_embeddings and not untied.gpt_config().tied
 
 
 def test_a_new_model_starts_as_gpt_does():
@@ -227,7 +226,7 @@ def test_a_new_model_starts_as_gpt_does():
 )
 def test_weights_do_not_load_into_another_model(exported, change):
     with pytest.raises(ValueError, match='another attention plan or kind of block'):
-        ReflexForCausalLM.from_pretrained(exported('reflex')[0], **change)
+        ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0], **change)
 
 
 def test_missing_weights_are_refused(exported, tmp_path):
@@ -249,7 +248,7 @@ def test_bf16_and_more_tokens(exported):
     half = ReflexForCausalLM.from_pretrained(exported('modern')[0], dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert greedy(half, tokens()).shape == (2, 18)
-    model = ReflexForCausalLM.from_pretrained(exported('reflex')[0])
+    model = ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0])
     before = model(tokens()).logits
     model.resize_token_embeddings(53)
     assert model.config.vocab_size == 53 and model.gpt.lm_head.weight is model.gpt.transformer.wte.weight
@@ -257,7 +256,7 @@ def test_bf16_and_more_tokens(exported):
 
 
 def test_what_is_not_offered_says_so(exported):
-    model = ReflexForCausalLM.from_pretrained(exported('reflex')[0])
+    model = ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0])
     with pytest.raises(ValueError, match='output_attentions is not offered'):
         model(tokens(), output_attentions=True)
     for name in ('past_key_values', 'cache'):  # before transformers 5.24 and since
@@ -343,7 +342,7 @@ def test_the_published_leap_example_works_but_for_its_import(tmp_path):
     assert losses[-1] < losses[0] - 1
     trainer.save_model(tmp_path / 'leap')
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'leap').eval()
-    assert LeapConfig.from_pretrained(tmp_path / 'leap').windows == 'auto'
+    assert LeapConfig.from_pretrained(tmp_path / 'leap').attention == 'leap(auto)'
     assert torch.equal(greedy(loaded, tokens()), greedy(model.eval(), tokens()))
 
 
@@ -353,8 +352,8 @@ def test_the_published_leap_example_works_but_for_its_import(tmp_path):
 )
 def test_leap_config_speaks_of_windows_as_published(given, windows):
     config = LeapConfig(n_layer=3, hidden_size=32, n_heads=4, **given)
-    assert (config.windows, config.attention) == (windows, 'leap')
-    assert LeapConfig(**config.to_dict()).windows == windows
+    assert config.attention == f'leap({windows})'
+    assert LeapConfig(**config.to_dict()).attention == config.attention
     with pytest.raises(ValueError, match=r'initializer_range=0\.1'):
         LeapConfig(initializer_range=0.1)
 
@@ -413,7 +412,7 @@ def test_vanilla_is_exported_as_a_plain_gpt2(mlp, bias, tmp_path):
 
 @pytest.mark.parametrize(
     'change',
-    [{'attention': 'reflex'}, {'norm': 'rmsnorm'}, {'mlp': 'swiglu'}, {'position': 'rotary'}],
+    [{'attention': 'reflex(2-2)'}, {'norm': 'rmsnorm'}, {'mlp': 'swiglu'}, {'position': 'rotary'}],
     ids=str,
 )
 def test_what_is_no_gpt2_is_not_exported_as_one(change, tmp_path):

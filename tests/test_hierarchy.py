@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import hierarchy
-import train
 from configurator import ConfigError, configure
 from conftest import random_gpt
 from hierarchy import Block, Hierarchy, HierarchyConfig
 from runs import checkpoint
+from runs.knobs import Knobs, check, model_config
+from runs.models import MODELS, load_model
 from tiny import assert_same_run, resume, start, write_tokens
 
 SMALL = {
@@ -278,7 +279,8 @@ def test_a_text_that_ends_within_a_group_equals_the_reference(T):
 
 def test_the_latent_stack_is_the_gpts():
     """Its blocks compute what a GPT of the same plan makes of the same latents."""
-    from model import GPT, Memory
+    from layers.contract import Memory
+    from model import GPT
 
     model = make(**OPTIONS['reflex'])
     _, latents, thought = model.run(tokens(), hierarchy.Piece(model.config, 0, 24, 'cpu', None))
@@ -494,7 +496,7 @@ def test_weights_of_another_hierarchy_do_not_load():
         ({'upsample': 'linear'}, ["'linear'", 'repeat']),
         ({'channels': 3}, ['channels=3', 'n_embd=16', '21.3333']),
         ({'channels': 2, 'channel_every': 3}, ['channel_every=3', 'n_layer=2']),
-        ({'channels': 2, 'attention': 'reflex', 'head_split': '4'}, ["'reflex'", 'n_layer=2', 'channels=2']),
+        ({'channels': 2, 'attention': 'reflex(2-2)'}, ["'reflex(2-2)'", 'n_layer=2', 'channels=2']),
         ({'attention': 'reflex_all', 'n_layer': 5}, ['n_layer=5', 'n_head=4']),
         ({'attention': 'reflex', 'head_split': '8-8'}, ["'8-8'", 'n_head=4']),
         ({'position': 'rotary', 'widths': '4-8-16'}, ['rotary', 'heads of 1']),
@@ -550,7 +552,7 @@ def test_a_resumed_run_is_bit_identical(trained, tmp_path):
 
 def test_the_model_is_loaded_again(trained):
     _, run = trained
-    model, state = checkpoint.load_model(run)
+    model, state = load_model(run)
     assert type(model) is Hierarchy and asdict(model.config) == state['model_args']
     told = json.loads((run / 'run.json').read_text(encoding='utf-8'))['model']
     assert told['flops_per_token'] == model.flops_per_token()
@@ -559,16 +561,16 @@ def test_the_model_is_loaded_again(trained):
 
 def test_the_validation_loss_is_that_of_the_tokens(trained):
     import eval as evaluation
-    from data.tokendata import open_data
+    from data.tokendata import eval_batch, eval_starts, open_data
 
     data, run = trained
-    model, state = checkpoint.load_model(run, checkpoint.LAST)
+    model, state = load_model(run, checkpoint.LAST)
     records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     told = [r for r in records if 'val/loss' in r][-1]['val/loss']
     splits = open_data(data).splits
-    k = train.Knobs(**state['config'])
-    starts, skip = train.eval_starts(len(splits['val']), 16, k.eval_iters * k.batch_size)
-    x, y = train.eval_batch(splits['val'], starts, skip, 0, len(starts), 16)
+    k = Knobs(**state['config'])
+    starts, skip = eval_starts(len(splits['val']), 16, k.eval_iters * k.batch_size)
+    x, y = eval_batch(splits['val'], starts, skip, 0, len(starts), 16)
     with torch.no_grad():
         logits = model(torch.from_numpy(x))[0]
     loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).flatten(), ignore_index=-1)
@@ -599,16 +601,16 @@ def test_another_model_does_not_go_on(trained):
 
 def test_only_a_gpt_starts_from_pretrained_weights():
     with pytest.raises(ConfigError, match=r"init_from='gpt2': only model=gpt"):
-        train.check(train.Knobs(model='hierarchy', init_from='gpt2'))
+        check(Knobs(model='hierarchy', init_from='gpt2'))
 
 
 def test_every_option_is_a_knob_with_the_same_default():
-    knobs = train.Knobs()
+    knobs = Knobs()
     for name, default in asdict(HierarchyConfig()).items():
         if name not in ('vocab_size', 'vocab_used'):
             assert getattr(knobs, name) == default, name
     with pytest.raises(ConfigError, match='groups=5'):
-        train.check(train.Knobs(model='hierarchy', groups=5))
+        check(Knobs(model='hierarchy', groups=5))
 
 
 def test_the_configs_are_whole(root):
@@ -617,12 +619,12 @@ def test_the_configs_are_whole(root):
     names = {path.name for path in (root / 'config').glob('hierarchy*.py')}
     for option in sorted(names - {'hierarchy.py', 'hierarchy_cpu.py'}):
         for size in sizes:
-            knobs = configure(train.Knobs, [str(root / 'config' / name) for name in [*size, option]]).knobs
-            train.check(knobs)
-            plain = configure(train.Knobs, [str(root / 'config' / name) for name in size]).knobs
+            knobs = configure(Knobs, [str(root / 'config' / name) for name in [*size, option]]).knobs
+            check(knobs)
+            plain = configure(Knobs, [str(root / 'config' / name) for name in size]).knobs
             assert knobs.model == 'hierarchy' and knobs != plain, option
     vanilla, here = (
-        checkpoint.MODELS[k.model](train.model_config(k, 4096, 4096), seed=0).num_params()
+        MODELS[k.model](model_config(k, 4096, 4096), seed=0).num_params()
         for k in (replace(plain, model='gpt', n_layer=6), plain)
     )
     assert here == pytest.approx(vanilla, rel=0.05), 'config/hierarchy_cpu.py is as large as vanilla'

@@ -12,18 +12,20 @@ from configurator import ConfigError
 from conftest import CAPITALS, INSTRUCTIONS
 from data.tokenizer import Bytes, Chars
 from runs import pretrained
+from runs.text import document_start, stream_text
 
 
 @pytest.fixture(scope='module')
 def run(gpt2_folder, tmp_path_factory, root):
     """prepare.py, then train.py with config/rugpt_reflex.py, made small: its folder and what it said."""
     folder = tmp_path_factory.mktemp('instructions')
-    rows = [json.dumps(row, ensure_ascii=False) for row in INSTRUCTIONS * 40]
-    (folder / 'rows.jsonl').write_text('\n'.join(rows), encoding='utf-8')
-    prepare = (
-        f'data/russian_instructions/prepare.py --files {folder / "rows.jsonl"} --tokenizer {gpt2_folder}'
-    )
-    prepare += f' --out_dir {folder / "data"} --val_fraction 0.05 --num_proc 1'
+    new = [{**row, 'question': row['question'].replace('Какая', 'Назови:')} for row in INSTRUCTIONS]
+    for name, content in (('rows', INSTRUCTIONS * 40), ('val', new * 2)):
+        rows = [json.dumps(row, ensure_ascii=False) for row in content]
+        (folder / f'{name}.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    prepare = 'data/russian_instructions/prepare.py'
+    prepare += f' --files {folder / "rows.jsonl"} --val_files {folder / "val.jsonl"}'
+    prepare += f' --tokenizer {gpt2_folder} --out_dir {folder / "data"} --num_proc 1'
     train = f'train.py config/rugpt_reflex.py --init_from={gpt2_folder} --dataset={folder / "data"}'
     train += (
         f' --out_dir={folder / "run"} --n_embd=96 --block_size=64 --dropout=0 --gradient_accumulation_steps=1'
@@ -72,7 +74,8 @@ def test_resuming_needs_no_checkpoint_to_start_from(run, root):
 
 
 def test_the_shape_is_the_checkpoints_where_nothing_else_is_said(gpt2_folder):
-    from train import Knobs, pretrained_knobs
+    from runs.knobs import Knobs
+    from runs.start import pretrained_knobs
 
     found = pretrained.read(gpt2_folder).config
     k = pretrained_knobs(Knobs(n_layer=6, bias=False), {'n_layer': 6, 'bias': False}, found)
@@ -112,9 +115,9 @@ def test_a_stop_text_ends_a_sample_before_it(stop, said, shown):
     tokenizer = Bytes()
     token, texts = sample.read_stops(stop, tokenizer)
     assert token is None
-    pieces = list(sample.stream_text(Script(tokenizer.encode(said)), tokenizer, NOTHING, 99, token, texts))
+    pieces = list(stream_text(Script(tokenizer.encode(said)), tokenizer, NOTHING, 99, token, texts))
     assert ''.join(pieces) == shown
-    everything = sample.stream_text(Script(tokenizer.encode(said)), tokenizer, NOTHING, 99)
+    everything = stream_text(Script(tokenizer.encode(said)), tokenizer, NOTHING, 99)
     assert len(pieces) <= len(list(everything)) == len(tokenizer.encode(said)) + 1
 
 
@@ -136,7 +139,7 @@ def test_a_streamed_text_is_that_of_all_its_tokens():
     assert inner.decode(ids) == text
     for begin in range(1, 8):
         prompt = torch.tensor([ids[:begin]])
-        pieces = sample.stream_text(Script(ids[begin:]), Spaces, prompt, 99)
+        pieces = stream_text(Script(ids[begin:]), Spaces, prompt, 99)
         assert inner.decode(ids[:begin]) + ''.join(pieces) == text
 
 
@@ -145,16 +148,16 @@ def test_the_end_of_text_token_ends_a_sample():
     token, texts = sample.read_stops('eot||stop', tokenizer)
     assert (token, texts) == (256, ['stop'])
     tokens = [*tokenizer.encode('yes'), 256, *tokenizer.encode('no')]
-    pieces = list(sample.stream_text(Script(tokens), tokenizer, NOTHING, 99, token, texts))
+    pieces = list(stream_text(Script(tokens), tokenizer, NOTHING, 99, token, texts))
     assert ''.join(pieces) == 'yes' and len(pieces) == 5  # a piece for each of 4 tokens, and the end
     with pytest.raises(ConfigError, match='this chars tokenizer has no end-of-text token'):
         sample.read_stops('eot', Chars('abc'))
 
 
 def test_a_document_begins_as_in_the_data():
-    assert sample.document_start({'begin': 7}, Bytes()) == [7]
-    assert sample.document_start({'begin': None}, Bytes()) == [256]
-    assert sample.document_start({}, Chars('abc')) == []
+    assert document_start({'begin': 7}, Bytes()) == [7]
+    assert document_start({'begin': None}, Bytes()) == [256]
+    assert document_start({}, Chars('abc')) == []
 
 
 def test_a_template_without_a_place_for_the_prompt_is_refused():

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.leap import layer_windows
+from layers.contract import Memory, Place
+from layers.leap import window_of
 from layers.windowed_mean import NEVER, RunningMean, mean_flops, windowed_mean
-from model import GPT, GPTConfig, Memory
+from model import GPT, GPTConfig
 
 SMALL = {'block_size': 96, 'vocab_size': 64, 'n_layer': 4, 'n_head': 4, 'n_embd': 32}
 VARIANTS = {
@@ -393,10 +394,16 @@ def test_flops_are_those_that_torch_counts(variant, T):
 
 
 def test_windows_of_the_layers():
-    assert layer_windows('auto', 6) == [4, 8, 16, 32, 64, 0]
-    assert layer_windows('auto', 1) == layer_windows('global', 1) == [0]
-    assert layer_windows('global', 3) == [0, 0, 0]
-    assert layer_windows('7-0-12', 3) == [7, 0, 12]
+    def windows(window, n_layer):
+        return [window_of(window, Place(l, n_layer, l, n_layer)) for l in range(n_layer)]
+
+    assert windows('auto', 6) == [4, 8, 16, 32, 64, 0]
+    assert windows('auto', 1) == windows('global', 1) == [0]
+    assert windows('global', 3) == [0, 0, 0]
+    assert windows('7-0-12', 3) == [7, 0, 12]
+    assert windows('5', 3) == [5, 5, 5]
+    mixed = GPTConfig(**SMALL, attention='leap*2 vanilla*2', windows='3-7-0-0')
+    assert mixed == GPTConfig(**SMALL, attention='leap(3-7)*2 vanilla*2')
     described = [block.attn.describe() for block in model_of('leap_odd').transformer.h]
     assert described == [f'leap {w}, 4 heads' for w in ('window 3', 'window 17', 'window 40', 'global')]
 
@@ -404,12 +411,13 @@ def test_windows_of_the_layers():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'attention': 'leap', 'windows': '4-8-16'}, ["'4-8-16'", '3 windows', 'n_layer=4']),
+        ({'attention': 'leap', 'windows': '4-8-16'}, ["'4-8-16'", '3 windows for 4 layers']),
         ({'attention': 'leap', 'windows': 'local'}, ["'local'", 'auto']),
         ({'attention': 'leap', 'windows': '4--8-0'}, ["'4--8-0'"]),
-        ({'attention': 'leap*3'}, ["'leap*3'", '3 layers', 'n_layer=4']),
-        ({'attention': 'leap*two reflex*2'}, ["'leap*two", 'counts']),
-        ({'attention': 'leap*2 vanilla reflex'}, ['2 head plans']),
+        ({'attention': 'leap*3'}, ["'leap(auto)*3'", '3 layers', 'n_layer=4']),
+        ({'attention': 'leap*two reflex*2'}, ["'leap*two", 'cannot be read']),
+        ({'attention': 'leap(window=3, depth=2)'}, ["no option 'depth'", 'it has window']),
+        ({'attention': 'leap(3, window=4)'}, ['window twice']),
         ({'attention': 'leap*2 refelx*2'}, ["'refelx'", 'reflex, ', ', leap']),
         ({'attention': 'leap*3 reflex', 'head_split': '4-1'}, ["'4-1'", 'n_head=4']),
         ({'attention': 'additive', 'position': 'rotary'}, ['rotary', 'none']),

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import plans
+from generation import Repeats, draw
 from layers.plans import Head, HeadPlan
-from model import GPT, GPTConfig, Repeats
+from layers.registry import ATTENTIONS, Kind
+from model import GPT, GPTConfig
 
 SMALL = {'block_size': 16, 'vocab_size': 64, 'n_layer': 6, 'n_head': 8, 'n_embd': 32}
 VARIANTS = {
@@ -54,7 +55,7 @@ def read_plan(source):
     return read
 
 
-def reference_hidden(model, full, idx, read):
+def reference_hidden(model, full, idx, read, windows=(0,) * 6):
     """A forward pass head by head: every key and value of every layer is projected, masks are explicit.
 
     full[l]: the whole (3C, C) projection of layer l, of which the model keeps rows.
@@ -74,7 +75,8 @@ def reference_hidden(model, full, idx, read):
         for h in range(n_head):
             keys, values = read(l, h, past)
             scores = q[:, :, h] @ keys.transpose(1, 2) / math.sqrt(hs)  # (B, T, T)
-            allowed = torch.arange(T)[:, None] >= torch.arange(T)[None]
+            age = torch.arange(T)[:, None] - torch.arange(T)[None]
+            allowed = (age >= 0) & (age < (windows[l] or T))
             out.append(scores.masked_fill(~allowed, -math.inf).softmax(-1) @ values)
         y = torch.cat(out, dim=2) @ block.attn.c_proj.weight.T
         x = x + y
@@ -82,7 +84,7 @@ def reference_hidden(model, full, idx, read):
     return t.ln_f(x)
 
 
-def check_against_reference(model, read):
+def check_against_reference(model, read, **options):
     model = model.double()
     C = model.config.n_embd
     full = []
@@ -91,7 +93,7 @@ def check_against_reference(model, read):
         w[block.attn.c_attn.rows] = block.attn.c_attn.weight.detach()
         full.append(w.requires_grad_())
     idx, targets = tokens(), tokens(1)
-    x = reference_hidden(model, full, idx, read)
+    x = reference_hidden(model, full, idx, read, **options)
     loss = F.cross_entropy((x @ model.lm_head.weight.T).flatten(0, 1), targets.flatten())
     loss.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -121,19 +123,33 @@ def test_outputs_and_gradients_equal_the_per_head_reference(variant):
     check_against_reference(GPT(config(variant), seed=3), read_plan(source))
 
 
+def test_a_window_ends_what_a_layer_reads():
+    """Of its own and of earlier layers, and in generation, where the cache holds more."""
+    cfg = GPTConfig(**SMALL, attention='vanilla(window=5)*3 reflex(4-2-2, window=3)*2 reflex(4-2-2)')
+    model, idx = GPT(cfg, seed=3), tokens()
+
+    def source(l):
+        return [(pair, pair) for pair in lags('4-2-2' if l >= 3 else 'vanilla', l)]
+
+    check_against_reference(model, read_plan(source), windows=(5, 5, 5, 3, 3, 0))
+    cache = model.new_cache(2)
+    parts = [model.hidden(part, cache) for part in idx.split([7, 1, 1, 4, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(idx), rtol=1e-10, atol=1e-10)
+
+
 def test_a_plan_may_read_keys_and_values_apart(monkeypatch):
     """Own keys with layer 0's values, a key of another head, a layer that produces no value at all."""
 
-    def odd(config):
+    def odd(shape):
         table = []
-        for l in range(config.n_layer):
+        for l in range(shape.n_layer):
             heads = [Head((l, h), (0, h)) for h in range(4)] + [
                 Head((l // 2, 7 - h), (l, h)) for h in range(4, 8)
             ]
             table.append([Head((0, h), (0, 7 - h)) for h in range(8)] if l == 3 else heads)
         return table
 
-    monkeypatch.setitem(plans.PLANS, 'odd', odd)
+    monkeypatch.setitem(ATTENTIONS, 'odd', Kind(plan=odd))
     cfg = GPTConfig(**SMALL, attention='odd')
     check_against_reference(GPT(cfg, seed=3), read_plan(lambda l: odd(cfg)[l]))
     produced = [block.attn.heads_produced() for block in GPT(cfg, seed=3).transformer.h]
@@ -158,15 +174,38 @@ def test_heads_produced_are_the_table_of_the_specification(variant):
     assert model.cache_bytes_per_token(itemsize=2) == 2 * sum(wanted) * (C // 8) * 2
 
 
-def test_all_lags_zero_is_vanilla_bit_for_bit():
-    a = GPT(config('vanilla'), seed=5)
-    b = GPT(config('vanilla', attention='reflex', head_split='8'), seed=5)
-    x, y = tokens(), tokens(1)
-    for model in (a, b):
-        model(x, y)[1].backward()
-    assert torch.equal(a(x)[0], b(x)[0])
-    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
-        assert torch.equal(p, q) and torch.equal(p.grad, q.grad), name
+@pytest.mark.parametrize(
+    ('changes', 'layers'),
+    [
+        ({'attention': 'reflex(4-2-2)', 'n_layer': 2}, 'needs 3'),
+        ({'attention': 'reflex(1-1-1-1-1-1-1-1)'}, 'needs 8'),
+        ({'attention': 'reflex_all', 'n_layer': 1}, 'needs 2'),
+        ({'attention': 'reflex(4-2-2) leap*5'}, 'needs 3'),
+        (
+            {'attention': 'leap*4 reflex(4-2-2)*2'},
+            '2 of n_layer=6 layers have keys and values, and it needs 3',
+        ),
+        ({'attention': 'reflex(4-2-2)*2 leap reflex(5-2-1)*3'}, r'reflex\(4-2-2\) comes to plain'),
+        ({'attention': 'reflex(8)'}, "call it 'vanilla'"),
+        ({'attention': 'layer0(8/8)'}, "call it 'vanilla'"),
+        ({'attention': 'cla', 'n_layer': 1}, 'needs 2'),
+        ({'attention': 'lime', 'n_layer': 1}, 'needs 2'),
+        ({'attention': 'value_residual leap*5'}, 'needs 2'),
+    ],
+)
+def test_what_comes_to_vanilla_under_another_name_is_refused(changes, layers):
+    with pytest.raises(ValueError, match=layers):
+        GPTConfig(**{**SMALL, **changes})
+
+
+def test_lags_count_all_layers_that_have_keys_and_values():
+    """Whatever kind they are; the first two of 4-2-2 are plain only where they have too few before them."""
+    plan = GPTConfig(**SMALL, attention='vanilla*2 leap reflex(4-2-2)*3').head_plan()
+    assert [head.value[0] for head in plan.heads[2]] == [2, 2, 2, 2, 1, 1, 0, 0]
+    assert [head.value[0] for head in plan.heads[4]] == [4, 4, 4, 4, 3, 3, 2, 2]
+    ramp = GPTConfig(**SMALL, attention='vanilla layer0(8/6-2) layer0(8/4-4)*2 layer0(8/0-8)*2').head_plan()
+    own = [sum(head.value[0] == l for head in heads) for l, heads in enumerate(ramp.heads)]
+    assert own == [8, 6, 4, 4, 0, 0] and all(head.key[0] == 5 for head in ramp.heads[5])
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -205,7 +244,9 @@ def test_guesses_change_no_token_and_save_passes(variant):
     def generate(prompt, temperature, **options):
         passes.clear()
         generator = torch.Generator().manual_seed(3)
-        return model.generate(prompt, 60, temperature, generator=generator, **options), len(passes)
+        return model.generate(prompt, 60, temperature=temperature, generator=generator, **options), len(
+            passes
+        )
 
     saved = set()
     for prompt in (tokens(B=1, T=1), tokens(B=1, T=5).repeat(1, 3), tokens(B=1, T=21)):
@@ -311,14 +352,12 @@ def test_weights_of_one_plan_do_not_load_into_another(monkeypatch):
         """The shapes of vanilla, another meaning: each head reads the value of its mirror image."""
         return [[Head((l, h), (l, 7 - h)) for h in range(8)] for l in range(config.n_layer)]
 
-    monkeypatch.setitem(plans.PLANS, 'crossed', crossed)
+    monkeypatch.setitem(ATTENTIONS, 'crossed', Kind(plan=crossed))
     other = GPT(GPTConfig(**SMALL, attention='crossed'), seed=0).state_dict()
     with pytest.raises(ValueError, match='another attention plan'):
         GPT(config('vanilla'), seed=0).load_state_dict(other)
     with pytest.raises((RuntimeError, ValueError)):
         GPT(config('4-2-2'), seed=0).load_state_dict(GPT(config('5-2-1'), seed=0).state_dict())
-    same = GPT(config('vanilla', n_layer=2), seed=0)  # 4-2-2 of two layers is all self-attention: one table
-    same.load_state_dict(GPT(config('4-2-2', n_layer=2), seed=1).state_dict())
 
 
 def test_padding_ids_are_never_drawn():
@@ -345,15 +384,12 @@ def test_sampling_knobs():
 
 
 def test_only_the_likeliest_are_drawn():
-    model = GPT(config('vanilla', vocab_used=5), seed=0)
     p = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.02, 0.9, 0.03, 0.04, 0.01]])
-    logits = torch.cat([p.log(), torch.full((2, 59), 9.0)], dim=1)  # padding
+    logits = p.log()
     generator = torch.Generator().manual_seed(0)
 
     def kinds(**options):
-        drawn = torch.cat(
-            [model.draw(logits, 1.0, generator=generator, **options) for _ in range(400)], dim=1
-        )
+        drawn = torch.cat([draw(logits, 1.0, generator=generator, **options) for _ in range(400)], dim=1)
         return [sorted(set(row)) for row in drawn.tolist()]
 
     assert kinds() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
@@ -362,7 +398,7 @@ def test_only_the_likeliest_are_drawn():
     assert kinds(top_k=3) == [[1, 3, 4], [1, 2, 3]]
     assert kinds(top_k=3, top_p=0.8) == [[1, 3], [1]]  # of the three: 0.47, 0.35, 0.18
     # among those, as likely as before
-    drawn = [int(model.draw(logits[:1], 1.0, generator=generator, top_p=0.69)) for _ in range(4000)]
+    drawn = [int(draw(logits[:1], 1.0, generator=generator, top_p=0.69)) for _ in range(4000)]
     assert abs(drawn.count(1) / 4000 - 4 / 7) < 0.03
 
 
@@ -404,7 +440,7 @@ def test_targets_of_minus_one_do_not_count():
     [
         ({'n_embd': 30}, ['n_embd=30', 'n_head=8']),
         ({'attention': 'reflex', 'head_split': '4-2-1'}, ["'4-2-1'", '7', 'n_head=8']),
-        ({'attention': 'reflex', 'head_split': '4-0-4'}, ["'4-0-4'", 'positive']),
+        ({'attention': 'reflex', 'head_split': '4--4'}, ["'4--4'", 'numbers of heads']),
         ({'attention': 'reflex', 'head_split': 'four'}, ["'four'"]),
         ({'attention': 'reflex_all', 'n_layer': 9}, ['n_layer=9', 'n_head=8']),
         ({'attention': 'refelx'}, ["'refelx'", 'reflex_all']),

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers.plans import PLANS, Head
+from layers.mixes import ValueResidualAttention
+from layers.plans import Head
+from layers.registry import ATTENTIONS, Kind
 from model import GPT, GPTConfig
 from test_model import SMALL, check_against_reference, read_plan, tokens
 
@@ -19,6 +21,8 @@ VARIANTS = {
     'first 6-2': {'attention': 'first', 'head_split': '6-2'},
     'first 4-2-2': {'attention': 'first', 'head_split': '4-2-2'},
     'SkipV1Former': {'attention': 'first', 'head_split': '8/4-4'},
+    'SVFormer': {'attention': 'layer0(8/0-8)'},
+    'no own head above layer 1': {'attention': 'reflex(0-4-4)'},
     'CLA': {'attention': 'cla'},
     'reflex_all oldest': {'attention': 'reflex_all_oldest'},
     'reflex_all values': {'attention': 'reflex_all_values'},
@@ -44,7 +48,7 @@ def split(keys, values):
     """The source of every head, from its lags: numbers, or FIRST for layer 0."""
 
     def source_layers(lags, l):
-        deep_enough = l >= max(lag for lag in lags if lag != FIRST)
+        deep_enough = l >= max((lag for lag in lags if lag != FIRST), default=0)
         return [0 if lag == FIRST else l - lag if deep_enough else l for lag in lags]
 
     def source(l):
@@ -64,6 +68,8 @@ SOURCES = {
     'first 6-2': split([0] * 6 + [FIRST] * 2, [0] * 6 + [FIRST] * 2),
     'first 4-2-2': split([0] * 4 + [1] * 2 + [FIRST] * 2, [0] * 4 + [1] * 2 + [FIRST] * 2),
     'SkipV1Former': split(OWN, [0] * 4 + [FIRST] * 4),
+    'SVFormer': split(OWN, [FIRST] * 8),
+    'no own head above layer 1': split([1] * 4 + [2] * 4, [1] * 4 + [2] * 4),
     'CLA': lambda l: [((l - l % 2, h),) * 2 for h in range(8)],
     'reflex_all oldest': lambda l: (
         [((l, h),) * 2 for h in range(8 - l)] + [((j, 7 - j),) * 2 for j in range(l)]
@@ -254,22 +260,35 @@ def test_mixers_do_not_load_into_one_another():
             alone.load_state_dict(GPT(GPTConfig(**SMALL, attention=attention), seed=0).state_dict())
 
 
-def test_a_value_residual_refuses_a_plan_whose_heads_it_would_mix_up(monkeypatch):
+def test_a_value_residual_mixes_the_same_head_of_layer_0(monkeypatch):
     """Here the first half of the heads take layer 0's values: those of the second half are a layer's own."""
 
-    def skip_first(config):
-        own = range(config.n_head // 2, config.n_head)
+    def skip_first(shape):
+        half = shape.n_head // 2
         return [
-            [Head((l, h), (l if h in own else 0, h)) for h in range(config.n_head)]
-            for l in range(config.n_layer)
+            [Head((l, h), (l if h >= half else 0, h)) for h in range(shape.n_head)]
+            for l in range(shape.n_layer)
         ]
 
-    monkeypatch.setitem(PLANS, 'first_residual', skip_first)
-    with pytest.raises(ValueError, match=r'layer 1 makes the values of heads \[4, 5, 6, 7\].*come last'):
-        GPT(GPTConfig(**SMALL, attention='first_residual'), seed=0)
+    monkeypatch.setitem(ATTENTIONS, 'skip_first', Kind(ValueResidualAttention, skip_first))
+    monkeypatch.setitem(VARIANTS, 'skip_first', {'attention': 'skip_first'})
+    model = build('skip_first')
+    assert model.transformer.h[1].attn.first == [4, 5, 6, 7]
+    check_against_reference(model, read_value_residual(model, split(OWN, [FIRST] * 4 + [0] * 4)))
 
 
-@pytest.mark.parametrize('head_split', ['8/', '/8', '8/4-2-1', '4-4/8/8', '8/4-0-4'])
+def test_a_value_residual_refuses_to_mix_with_a_head_that_is_not_made(monkeypatch):
+    """All of layer 0 reads head 0."""
+
+    def one_head(shape):
+        return [[Head((l, h), (l, h if l else 0)) for h in range(shape.n_head)] for l in range(shape.n_layer)]
+
+    monkeypatch.setitem(ATTENTIONS, 'one_head', Kind(ValueResidualAttention, one_head))
+    with pytest.raises(ValueError, match=r'layer 0 makes no values for heads \[1, 2, 3, 4, 5, 6, 7\]'):
+        GPTConfig(**SMALL, attention='one_head')
+
+
+@pytest.mark.parametrize('head_split', ['8/', '/8', '8/4-2-1', '4-4/8/8', '8/4--4'])
 def test_a_split_of_keys_and_values_that_does_not_fit_is_refused(head_split):
-    with pytest.raises(ValueError, match='head_split'):
+    with pytest.raises(ValueError, match='head split'):
         GPTConfig(**SMALL, attention='reflex', head_split=head_split)

@@ -8,21 +8,24 @@ import pytest
 
 import compare
 from configurator import configure
-from layers import plans
+from layers.plans import Head
+from layers.registry import ATTENTIONS, Kind
 from model import GPT, GPTConfig
+from runs.knobs import Knobs, model_config
 from runs.records import find_runs
-from train import Knobs, model_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 def test_the_plan_that_the_readme_writes_is_a_plan(monkeypatch):
-    code = re.search(r'```python\n(def skip_values.*?)\nPLANS = ', README, re.DOTALL).group(1)
-    namespace = {'Head': plans.Head}
+    code = re.search(r'```python\n(def skip_values.*?)\nATTENTIONS = ', README, re.DOTALL).group(1)
+    namespace = {'Head': Head}
     exec(code, namespace)
-    monkeypatch.setitem(plans.PLANS, 'skip_values', namespace['skip_values'])
-    config = GPTConfig(block_size=8, vocab_size=64, n_layer=3, n_head=4, n_embd=16, attention='skip_values')
+    monkeypatch.setitem(ATTENTIONS, 'skip_values', Kind(plan=namespace['skip_values']))
+    config = GPTConfig(
+        block_size=8, vocab_size=64, n_layer=3, n_head=4, n_embd=16, attention='skip_values(2)'
+    )
     produced = [block.attn.heads_produced() for block in GPT(config, seed=0).transformer.h]
     assert produced == [(4, 4), (4, 2), (4, 2)]
 

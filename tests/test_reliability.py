@@ -14,15 +14,18 @@ import pytest
 import torch
 
 import kill_runs
+import runs.step
 import sample
 import tiny
 import train
 from configurator import ConfigError
 from data.tokendata import DataError, open_data
 from data.tokenizer import Chars, TokenizerError
-from runs import checkpoint, files, metrics
+from runs import checkpoint, files, metrics, system
 from runs.checkpoint import BEST, LAST, PREVIOUS, CheckpointError
+from runs.diagnostics import SpikeWatch
 from runs.files import FileError
+from runs.models import load_model
 from runs.pretrained import PretrainedError
 from tiny import assert_same_run, flags, happening, kill_me, lines, resume, start, status, write_tokens
 
@@ -78,7 +81,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, data):
 
 
 def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(tmp_path, data, straight, monkeypatch):
-    batches, real = [], train.eval_batch
+    batches, real = [], runs.step.eval_batch
 
     def eval_batch(*args):
         batches.append(args)
@@ -86,7 +89,7 @@ def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(tmp_path, data
             kill_me(signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(train, 'eval_batch', eval_batch)
+    monkeypatch.setattr(runs.step, 'eval_batch', eval_batch)
     assert start(tmp_path, data) == 0
     assert len(batches) == 6
     assert checkpoint.load(tmp_path / LAST)['iter'] == 5 and 'val/loss' not in lines(tmp_path)[-1]
@@ -153,8 +156,8 @@ def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys)
     [
         ({'n_embd': 64}, 'n_embd=64, but the checkpoint in {out} was trained with n_embd=32'),
         (
-            {'head_split': '3-1'},
-            "head_split='3-1', but the checkpoint in {out} was trained with head_split='2-1-1'",
+            {'attention': 'reflex(3-1)'},
+            "attention='reflex(3-1)', but the checkpoint in {out} was trained with attention='reflex(2-2)'",
         ),
         ({'dataset': 'other tokens'}, 'the data set is '),
         ({'dataset': 'other tokenizer'}, 'the tokenizer is '),
@@ -163,7 +166,7 @@ def test_training_knobs_of_a_resume_are_told_and_applied(tmp_path, data, capsys)
             "optimizer='muon', but the checkpoint in {out} was trained with optimizer='adamw'",
         ),
     ],
-    ids=['n_embd', 'head_split', 'data', 'tokenizer', 'optimizer'],
+    ids=['n_embd', 'attention', 'data', 'tokenizer', 'optimizer'],
 )
 def test_another_architecture_tokenizer_or_data_set_is_refused(
     tmp_path, data, straight, knobs, line, monkeypatch
@@ -232,7 +235,7 @@ def test_the_record_says_how_the_run_began(tmp_path, data):
 
 def test_the_loss_scaler_resumes(tmp_path, data, monkeypatch):
     """fp16 is for CUDA; here CPU plays its part, with so large a scale that the first steps overflow."""
-    monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
+    monkeypatch.setattr(system, 'pick_dtype', lambda dtype, device: 'float16')
     scaler = torch.amp.GradScaler
     grow = {'init_scale': 2.0**24, 'growth_interval': 3}
     monkeypatch.setattr(
@@ -249,13 +252,13 @@ def test_the_loss_scaler_resumes(tmp_path, data, monkeypatch):
 
 def test_a_run_goes_on_in_fp16_that_began_without_a_loss_scaler(tmp_path, data, monkeypatch):
     start(tmp_path, data, max_iters=5, lr_decay_iters=12)
-    monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
+    monkeypatch.setattr(system, 'pick_dtype', lambda dtype, device: 'float16')
     resume(tmp_path, max_iters=12)
     assert status(tmp_path) == 'finished' and checkpoint.load(tmp_path / LAST)['scaler']
 
 
 def test_a_loss_scaler_that_finds_no_scale_stops(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(train, 'pick_dtype', lambda dtype, device: 'float16')
+    monkeypatch.setattr(system, 'pick_dtype', lambda dtype, device: 'float16')
     scaler, real = torch.amp.GradScaler, train.build
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, init_scale=2.0**-10))
 
@@ -508,7 +511,7 @@ def test_a_run_of_no_steps_is_saved(tmp_path, data, straight):
 def test_a_whole_evaluation_is_the_mean_over_every_target(tmp_path):
     data = write_tokens(tmp_path / 'tokens', train=300, val=101)  # 7 windows of 16, the last one overlaps
     start(tmp_path / 'run', data, max_iters=0, eval_iters=0)
-    model, _ = checkpoint.load_model(tmp_path / 'run')
+    model, _ = load_model(tmp_path / 'run')
     tokens = torch.from_numpy(open_data(data).splits['val'].astype('int64'))
     with torch.no_grad():
         windows = [tokens[i : i + 17] for i in range(0, 100, 16)]
@@ -674,13 +677,13 @@ def test_the_process_exits_with_an_error(tmp_path, data):
 
 
 def test_spikes_are_logged_and_a_resume_logs_the_same(tmp_path, data, monkeypatch, capsys):
-    real = train.get_batch
+    real = runs.step.get_batch
 
     def get_batch(tokens, seed, step, *args):
         x, y = real(tokens, seed, step, *args)
         return (x, (y + 31) % 64) if step in (30, 31, 36) else (x, y)  # targets that make no sense
 
-    monkeypatch.setattr(train, 'get_batch', get_batch)
+    monkeypatch.setattr(runs.step, 'get_batch', get_batch)
     knobs = {'max_iters': 40, 'eval_interval': 100, 'learning_rate': 3e-3}
     start(tmp_path / 'a', data, **knobs)
     told = [r for r in lines(tmp_path / 'a') if r.get('event') == 'spike']
@@ -704,7 +707,7 @@ def test_spikes_are_logged_and_a_resume_logs_the_same(tmp_path, data, monkeypatc
 def test_a_spike_stands_out_of_noise_and_a_lasting_change_becomes_usual():
     random = torch.Generator().manual_seed(0)
     noise = (3 + 0.1 * torch.randn(2000, generator=random)).tolist()
-    watch = metrics.SpikeWatch()
+    watch = SpikeWatch()
     assert [watch.look(v) for v in noise] == [None] * 2000
     assert watch.look(4.0) == pytest.approx(3, abs=0.05) and watch.look(4.0) is None
     assert watch.look(float('inf')) is None
@@ -767,7 +770,7 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch,
         ({'eval_interval': 0}, 'eval_interval=0: must be at least 1'),
         ({'init_from': 'resmue'}, "init_from='resmue': did you mean 'resume'?"),
         ({'n_head': 5}, 'n_embd=32 is not a multiple of n_head=5'),
-        ({'head_split': '2-2-1'}, '2-2-1'),
+        ({'attention': 'reflex(2-2-1)'}, '2-2-1'),
         ({'dtype': 'float16'}, "dtype='float16' needs CUDA, the device is cpu: use bfloat16 or float32"),
         ({'device': 'cuda'}, "device='cuda', but torch sees no CUDA device here: use --device=cpu"),
         ({'device': 'gpu'}, "device='gpu': auto, cpu, mps, cuda or one of several, such as cuda:1"),

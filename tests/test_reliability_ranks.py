@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 
+import runs.start
+import runs.step
 import tiny
 import train
 from runs import checkpoint
@@ -92,7 +94,7 @@ def test_a_signal_in_an_evaluation_stops_both(tmp_path, data, straight):
 
 
 def _signal_in_evaluation():
-    batches, real = [], train.eval_batch
+    batches, real = [], runs.step.eval_batch
 
     def eval_batch(*args):
         batches.append(args)
@@ -100,18 +102,18 @@ def _signal_in_evaluation():
             kill_me(signal.SIGTERM)
         return real(*args)
 
-    train.eval_batch = eval_batch
+    runs.step.eval_batch = eval_batch
 
 
 def _nan_at_step(step):
     def poison():
-        real = train.get_batch
+        real = runs.step.get_batch
 
         def broken(tokens, *args):
             x, y = real(tokens, *args)
             return x, y * 0 - 1  # no target counts: the mean over nothing is nan
 
-        train.get_batch = broken
+        runs.step.get_batch = broken
 
     tiny.at_step(step, poison)
 
@@ -187,8 +189,8 @@ def test_ranks_that_do_not_start_alike_are_refused(tmp_path, data):
 
 
 def _other_seed():
-    check = train.check
-    train.check = lambda k: (check(k), object.__setattr__(k, 'seed', 7))
+    check = runs.start.check
+    runs.start.check = lambda k: (check(k), object.__setattr__(k, 'seed', 7))
 
 
 def test_plain_tokens_resume_on_two_ranks(tmp_path, data):
@@ -256,6 +258,34 @@ def assert_resumes(out, straight):
         assert_same_run(straight(2), out, [LAST])
     common = [r for r in lines(out) if r['iter'] < 12]
     assert common == [r for r in lines(straight(2)) if r['iter'] < 12]
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory, data):
+    """config/reflex_422.py, made small, on one rank: one micro-batch per step, of 5 sequences."""
+    out = tmp_path_factory.mktemp('alone')
+    assert train.main([REFLEX_422, *flags(out, dataset=data, **README_RUN)]) == 0
+    return out
+
+
+REFLEX_422 = str(tiny.ROOT / 'config' / 'reflex_422.py')
+README_RUN = {k: v for k, v in TINY.items() if k not in ('attention', 'head_split')}
+README_RUN |= {'n_layer': 3, 'n_head': 8, 'batch_size': 5, 'gradient_accumulation_steps': 1, 'dropout': 0.0}
+
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_the_line_of_the_readme_trains_on_any_number_of_ranks(tmp_path, data, alone, n):
+    """A micro-batch that they cannot share out whole is divided: the same data, the same curve."""
+    argv = [REFLEX_422, *flags(tmp_path, dataset=data, **README_RUN)]
+    if n == 2:
+        torchrun = Torchrun(ONE_HOST, 'train.py', argv)
+        assert torchrun.end() == 0, torchrun.seen
+    else:
+        assert run_ranks(n, argv, tmp_path) == [0] * n
+    for one, other in zip(lines(alone), lines(tmp_path), strict=True):
+        assert one.keys() == other.keys() and one == pytest.approx(other, rel=2e-5)
+    resumed = flags(tmp_path, init_from='resume', max_iters=13)
+    assert run_ranks(n, resumed, tmp_path) == [0] * n
 
 
 def test_two_hosts(tmp_path, data, straight):

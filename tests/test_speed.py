@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import test_model
 import test_peers
 from configurator import ConfigError
-from layers.plans import PLANS, HeadPlan
-from model import DROPOUT_BLOCK, GPT, GPTConfig, attend
+from layers.heads import DROPOUT_BLOCK, attend
+from layers.plans import HeadPlan, Shape, reflex
+from layers.registry import ATTENTIONS
+from model import GPT, GPTConfig
 from runs import metrics
 from runs.optimizer import Muon, Together, hidden_matrices, iterate, iterate_gram, make_optimizer, orthogonal
 from runs.system import keep_memory
@@ -181,7 +183,7 @@ def test_a_token_copies_no_cache(variant):
     assert 0 < largest.numbers <= 1025 * config.n_head  # the attention weights of a head each
 
 
-@pytest.mark.parametrize('attention', PLANS)
+@pytest.mark.parametrize('attention', [name for name, kind in ATTENTIONS.items() if kind.plan])
 def test_runs_are_where_both_pieces_stay(attention):
     """Every run lies in one piece of keys and one of values, and together they are all heads, in order."""
     config = GPTConfig(n_layer=6, n_head=8, n_embd=64, attention=attention)
@@ -193,7 +195,7 @@ def test_runs_are_where_both_pieces_stay(attention):
 
 
 def test_runs_of_keys_and_values_that_are_cut_apart():
-    plan = HeadPlan(PLANS['reflex'](SimpleNamespace(n_layer=3, n_head=8, head_split='6-2/4-2-2')), 8)
+    plan = HeadPlan(reflex(Shape(3, 8), '6-2/4-2-2'), 8)
     assert plan.runs(2) == ([4, 2, 2], [[4, 2], [2]], [[4], [2], [2]])
 
 

@@ -1,9 +1,15 @@
 """The batches of training and the windows of evaluation: pure functions (files: test_data_reader.py)."""
 
+import hashlib
+import json
+import os
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from data.tokendata import batch_starts, eval_batch, eval_starts, get_batch
+from data.tokendata import Shards, batch_starts, eval_batch, eval_starts, get_batch, open_data
+from data.tokenizer import Bytes
 
 # ---- batches
 
@@ -55,6 +61,104 @@ def test_batches_cover_the_split_evenly_and_never_leave_it():
 def test_the_shortest_split_has_one_window():
     x, y = get_batch(np.arange(9, dtype=np.uint16), 0, 0, 0, 2, 8)
     assert x.tolist() == [list(range(8))] * 2 and y.tolist() == [list(range(1, 9))] * 2
+
+
+# ---- shards
+
+
+def in_shards(tokens, *sizes):
+    ends = np.cumsum(sizes)
+    assert ends[-1] == len(tokens)
+    return Shards([tokens[end - size : end] for size, end in zip(sizes, ends, strict=True)])
+
+
+@pytest.mark.parametrize('sizes', [(100,), (40, 60), (1, 98, 1), (33, 33, 33, 1), (10,) * 10])
+def test_shards_are_read_as_one_array(sizes):
+    tokens = np.arange(100, dtype=np.uint16)
+    shards = in_shards(tokens, *sizes)
+    assert (len(shards), shards.dtype) == (100, np.uint16)
+    for start in (None, *range(-3, 104, 7)):
+        for stop in (None, *range(-105, 104, 9), 100, 101):
+            part = shards[start:stop]
+            assert part.dtype == np.uint16
+            assert np.array_equal(part, tokens[start:stop]), (start, stop)
+    assert [shards[i] for i in (0, 9, 10, 99, -1, -100)] == [0, 9, 10, 99, 99, 0]
+    assert list(shards) == list(tokens)
+    for i in (100, -101):
+        with pytest.raises(IndexError):
+            shards[i]
+    with pytest.raises(ValueError, match='in steps of 2'):
+        shards[::2]
+
+
+@pytest.mark.parametrize('sizes', [(500, 500), (3, 990, 7), (5,) * 200])
+def test_batches_do_not_depend_on_shards(sizes):
+    """Shards shorter than a window too."""
+    tokens = (np.arange(1000) * 7 % 501).astype(np.uint16)
+    shards = in_shards(tokens, *sizes)
+    for step in range(20):
+        batches = zip(*(get_batch(t, 1, step, 0, 8, 16) for t in (tokens, shards)), strict=True)
+        assert all(np.array_equal(one, other) for one, other in batches)
+    starts, skip = eval_starts(1000, 16, 0)
+    for index in range(8):
+        pairs = zip(*(eval_batch(t, starts, skip, index, 8, 16) for t in (tokens, shards)), strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs)
+
+
+def test_a_hundred_billion_tokens_take_the_memory_of_a_batch(tmp_path):
+    """Starts are drawn, not shuffled: nothing is kept that grows with the data. The files are sparse."""
+    size, count = 10**9, 100
+    splits = {}
+    for name, n in (('train', count), ('val', 2)):
+        for i in range(n):
+            with (tmp_path / f'{name}_{i:03d}.bin').open('wb') as file:
+                file.truncate(2 * size)
+        splits[name] = {'tokens': n * size, 'shards': [{'tokens': size, 'sha256': '0' * 64}] * n}
+    meta = {'format': 1, 'vocab_size': 257, 'dtype': 'uint16', 'tokenizer': Bytes().spec, 'splits': splits}
+    (tmp_path / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    starts = batch_starts(count * size, 1, 2, 3, 4, 64)
+    assert starts.max() > 2**32
+    for start in starts.tolist():
+        shard, at = divmod(start, size)
+        with (tmp_path / f'train_{shard:03d}.bin').open('r+b') as file:
+            file.seek(2 * at)
+            file.write(np.arange(1, 66, dtype=np.uint16).tobytes())
+    data = open_data(tmp_path, 64, verify=False)
+    tracemalloc.start()
+    x, y = get_batch(data.splits['train'], 1, 2, 3, 4, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert x.tolist() == [list(range(1, 65))] * 4
+    assert y.tolist() == [list(range(2, 66))] * 4
+    assert peak < 200_000
+    assert os.stat(tmp_path / 'train_000.bin').st_blocks * 512 < 10**6  # it was not filled
+
+
+def test_a_run_on_shards_is_the_run_on_one_file(tmp_path, capsys):
+    """Bit for bit; and eval.py reads them too."""
+    import eval as evaluation
+    import tiny
+
+    one = tiny.write_tokens(tmp_path / 'one')
+    meta = json.loads((one / 'meta.json').read_text(encoding='utf-8'))
+    other = tmp_path / 'shards'
+    other.mkdir()
+    for name, split in meta['splits'].items():
+        tokens, shards = np.fromfile(one / f'{name}.bin', '<u2'), []
+        for i, part in enumerate(np.array_split(tokens, [10, 300, 310])):
+            part.tofile(other / f'{name}_{i:03d}.bin')
+            shards.append({'tokens': len(part), 'sha256': hashlib.sha256(part.tobytes()).hexdigest()})
+        del split['sha256']
+        split['shards'] = shards
+    (other / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    losses = []
+    for data in (one, other):
+        assert tiny.start(tmp_path / f'run-{data.name}', data, max_iters=6) == 0
+        capsys.readouterr()
+        assert evaluation.main([f'--out_dir={tmp_path / f"run-{data.name}"}', '--device=cpu']) == 0
+        losses.append(capsys.readouterr().out.split(': ')[1])
+    assert tiny.lines(tmp_path / 'run-one') == tiny.lines(tmp_path / 'run-shards')
+    assert losses[0] == losses[1]
 
 
 # ---- evaluation

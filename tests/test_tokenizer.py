@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import time
 
 import pytest
 import tiktoken
@@ -140,7 +141,10 @@ def test_a_spec_that_was_tampered_with_is_refused(bpe, gpt2):
         with pytest.raises(TokenizerError, match='its ids mean other text') as error:
             from_spec(spec)
         assert '\n' not in str(error.value), what
-    for spec in ({}, {'kind': 'pickle'}, {'kind': 'chars', 'fingerprint': ''}, None):
+    broken = [{}, None, [], {'kind': 'pickle'}, {'kind': 'chars', 'fingerprint': ''}, {'kind': ['bytes']}]
+    broken += [{**bpe.spec, 'eot': '0'}, {**bpe.spec, 'bos': -1}, {**bpe.spec, 'json': None}]
+    broken += [{**Chars('ab').spec, 'characters': 5}, {**Bytes().spec, 'deep': [[[]]]}]
+    for spec in broken:
         with pytest.raises(TokenizerError, match='not a tokenizer spec'):
             from_spec(spec)
 
@@ -151,6 +155,61 @@ def test_training_depends_on_the_text_alone(bpe):
     assert train_bpe(iter(shuffled), 320).spec == bpe.spec
     assert bpe.vocab_size == 320
     assert bpe.eot == 0
+
+
+def words_of(model, text):
+    return [text[slice(*span)] for _, span in model.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_the_words_of_a_bpe_are_those_of_gpt2(bpe):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    draw = random.Random(0)
+    parts = [*"abZß日ж19²_.-#'", ' ', ' ', '\n', '\t', '\u00a0', "'s", "'ll", "I'm", '👍🏽', '\r\n', '   ']
+    for _ in range(300):
+        text = ''.join(draw.choice(parts) for _ in range(40))
+        theirs = ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+        assert words_of(bpe, text) == [text[slice(*span)] for _, span in theirs]
+
+
+@pytest.mark.parametrize('kind', ['a', '7', '=', ' ', '\n', '日', 'é'])
+def test_a_word_that_is_longer_than_the_bound_is_divided(bpe, kind):
+    for n, count in ((tk.WORD, 1), (tk.WORD + 1, 2), (2 * tk.WORD + 1, 3)):
+        text = kind * n
+        found = words_of(bpe, text)
+        assert len(found) == count
+        assert max(map(len, found)) <= tk.WORD
+        whole = f'before {text} after'
+        assert bpe.decode(bpe.encode(whole)) == whole
+    trained = train_bpe([kind * (tk.WORD + 1)] * 3, 300)
+    text = kind * (4 * tk.WORD + 3)
+    assert trained.decode(trained.encode(text)) == text
+    assert from_spec(json.loads(json.dumps(trained.spec))).encode(text) == trained.encode(text)
+
+
+def test_a_bpe_is_trained_on_long_words_in_a_time_that_grows_with_them():
+    """Without a bound twice the length takes four times as long: this text, a minute in place of a second."""
+    draw = random.Random(0)
+    text = ''.join(draw.choice('abcdefghijklmnop') for _ in range(600_000))
+    began = time.process_time()
+    model = train_bpe([text], 400)
+    assert model.decode(model.encode(text)) == text
+    assert time.process_time() - began < 10
+
+
+def test_a_tokenizer_of_unbounded_words_keeps_them():
+    """tokenizer.json files of before hold their own pattern."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    text = 'ab' * 700 + ' cd'
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    model.train_from_iterator([text] * 3, trainer)
+    loaded = HuggingFace(model.to_str())
+    assert words_of(loaded, text) == ['ab' * 700, ' cd']
+    assert loaded.encode(text) == model.encode(text).ids
 
 
 def test_a_small_corpus_gives_a_small_vocabulary_and_a_tiny_one_is_refused():
@@ -236,6 +295,12 @@ def test_load_by_name(gpt2):
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     (tmp_path / 'broken.json').write_text('{"model": ', encoding='utf-8')
+    (tmp_path / 'nested.json').write_text('[' * 100_000, encoding='utf-8')
+    (tmp_path / 'tokens.json').write_text('{"added_tokens": [{"id": "1", "content": "a"}]}', encoding='utf-8')
+    (tmp_path / 'latin').mkdir()
+    (tmp_path / 'latin' / 'tokenizer.json').write_bytes(b'{"a": "\xe9"}')
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'config.json').write_text('{"eos_token_id": "</s>"}', encoding='utf-8')
     (tmp_path / 'other.json').write_text('{"a": 1}', encoding='utf-8')
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'sentencepiece').mkdir()
@@ -243,6 +308,10 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
     wanted = {
         'no-such-encoding': 'no encoding .*gpt2',
         str(tmp_path / 'broken.json'): 'is not JSON',
+        str(tmp_path / 'nested.json'): 'is nested too deeply',
+        str(tmp_path / 'tokens.json'): r"added_tokens\[0\]\.id is '1', not a whole number",
+        str(tmp_path / 'latin'): 'cannot be read|not a tokenizer that can be read',
+        str(tmp_path / 'config'): "eos_token_id is '</s>', not a whole number",
         str(tmp_path / 'other.json'): 'not a tokenizer.json',
         str(tmp_path / 'missing.json'): 'does not exist',
         str(tmp_path / 'no' / 'folder'): 'does not exist',

@@ -20,6 +20,7 @@ import torch
 import train
 from data.tokenizer import Bytes
 from runs import checkpoint, metrics
+from runs.ranks import run_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = {'seconds', 'tokens_per_s', 'mfu'}  # what may differ between two equal runs
@@ -32,8 +33,7 @@ TINY = {
     'n_layer': 2,
     'n_head': 4,
     'n_embd': 32,
-    'attention': 'reflex',
-    'head_split': '2-1-1',
+    'attention': 'reflex(2-2)',
     'block_size': 16,
     'batch_size': 2,
     'gradient_accumulation_steps': 4,
@@ -171,7 +171,7 @@ def _program(argv, log, environment, fault):
     os.environ.update(environment)
     if fault is not None:
         fault()
-    train.run(argv)
+    run_rank(train.main, argv)
 
 
 class Program:

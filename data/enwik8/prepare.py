@@ -3,14 +3,15 @@
     python data/enwik8/prepare.py
     python data/enwik8/prepare.py --files enwik8.zip
 
-90 million bytes are for training, 5 for validation and 5 for test, as is the custom.
+The first 90 million bytes are for training, the next 5 for validation and the last 5 for test, as is usual.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus
+from configurator import run_program
+from data.scripts import options, prepare_one_text
 
 # the SHA-256 is that of the 10^8 bytes inside
 ENWIK8 = (
@@ -19,10 +20,11 @@ ENWIK8 = (
 )
 
 
-def main():
-    cuts = {'train': 90, 'val': 95, 'test': 100}
-    corpus.prepare_by_position(__file__, __doc__, 'bytes', ENWIK8, cuts)
+def main(argv: list[str]) -> int:
+    args = options(Path(__file__).parent, __doc__, tokenizer='bytes').parse_args(argv)
+    prepare_one_text(args, ENWIK8, {'train': 90, 'val': 95, 'test': 100})
+    return 0
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run_program(main)

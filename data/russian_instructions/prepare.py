@@ -11,20 +11,26 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus
+from configurator import run_program
+from data.scripts import local_or_hub_splits, options, prepare_documents, template
 
 HUB = ('Den4ikAI/russian_instructions_2', None)
 CHECKPOINT = 'ai-forever/rugpt3large_based_on_gpt2'
 
 
-def main():
-    parser = corpus.parser(__file__, __doc__, tokenizer=CHECKPOINT, hub=HUB, val_fraction=0.005)
+def main(argv: list[str]) -> int:
+    parser = options(Path(__file__).parent, __doc__, tokenizer=CHECKPOINT, hub=HUB, val_fraction=0.005)
     parser.add_argument(
-        '--template', default='{question}\\n{answer}', help='text of a document, from the fields of its row'
+        '--template',
+        type=template,
+        default='{question}\n{answer}',
+        help=r'text of a document, from the fields of its row ({question}\n{answer})',
     )
-    args = parser.parse_args()
-    corpus.prepare_documents(args, args.template.replace('\\n', '\n'), begin=True)
+    args = parser.parse_args(argv)
+    splits, origin = local_or_hub_splits(args, args.template)
+    prepare_documents(args, splits, origin, begin=True)
+    return 0
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run_program(main)

@@ -3,20 +3,22 @@
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --files book.txt --out_dir data/book_char
 
-The last tenth is validation.
+The last tenth is for validation.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus
+from configurator import run_program
+from data.scripts import TINY_SHAKESPEARE, options, prepare_one_text
 
 
-def main():
-    cuts = {'train': 90, 'val': 100}
-    corpus.prepare_by_position(__file__, __doc__, 'chars', corpus.TINY_SHAKESPEARE, cuts)
+def main(argv: list[str]) -> int:
+    args = options(Path(__file__).parent, __doc__, tokenizer='chars').parse_args(argv)
+    prepare_one_text(args, TINY_SHAKESPEARE, {'train': 90, 'val': 100})
+    return 0
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run_program(main)

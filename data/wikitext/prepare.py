@@ -11,26 +11,31 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import corpus
-from data.sources import CorpusError, Joined
+from configurator import run_program
+from data.corpus import prepare
+from data.files import CorpusError
+from data.scripts import how, local_or_hub_splits, options
+from data.sources import Joined
 
+FOLDER = Path(__file__).resolve().parents[1]  # of the data sets
 HUB = ('Salesforce/wikitext', 'b08601e04326c79dfdd32d625aee71d232d685c3')
 
 
-def main():
-    parser = corpus.parser(__file__, __doc__, tokenizer='gpt2', hub=HUB)
+def main(argv: list[str]) -> int:
+    parser = options(FOLDER / 'wikitext103', __doc__, tokenizer='gpt2', hub=HUB)
     parser.add_argument(
         '--size', choices=('2', '103'), default='103', help='WikiText-2 or WikiText-103 (103)'
     )
-    parser.set_defaults(out_dir=None)
-    args = parser.parse_args()
-    out_dir = args.out_dir or Path(__file__).resolve().parents[1] / f'wikitext{args.size}'
-    splits, origin = corpus.corpus_splits(args, f'wikitext-{args.size}-raw-v1')
+    args = parser.parse_args(argv)
+    default = args.out_dir == parser.get_default('out_dir')
+    out_dir = FOLDER / f'wikitext{args.size}' if default else args.out_dir
+    splits, origin = local_or_hub_splits(args, config=f'wikitext-{args.size}-raw-v1')
     if 'val' not in splits:
         raise CorpusError('--files needs --val_files here')
     splits = {split: [Joined(tuple(parts))] for split, parts in splits.items()}
-    corpus.prepare(out_dir, args.tokenizer, splits, origin, end=False, num_proc=args.num_proc)
+    prepare(out_dir, args.tokenizer, splits, origin, end=False, **how(args))
+    return 0
 
 
 if __name__ == '__main__':
-    corpus.run(main)
+    run_program(main)

@@ -1,0 +1,21 @@
+"""The learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+
+from runs.knobs import Knobs
+
+
+def learning_rate_at(it: int, k: Knobs) -> float:
+    """Linear warm-up to learning_rate, then cosine or linear decay to min_lr at lr_decay_iters."""
+    if not k.decay_lr:
+        return k.learning_rate
+    end = k.lr_decay_iters or k.max_iters
+    if it < k.warmup_iters:
+        return k.learning_rate * (it + 1) / (k.warmup_iters + 1)
+    if it >= end:
+        return k.min_lr
+    progress = (it - k.warmup_iters) / (end - k.warmup_iters)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if k.lr_schedule == 'cosine' else 1 - progress
+    return k.min_lr + left * (k.learning_rate - k.min_lr)

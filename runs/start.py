@@ -1,0 +1,98 @@
+"""How a run begins: what is asked for, and what its folder holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from configurator import ConfigError, configure
+from model import GPTConfig
+from runs.files import FolderLock
+from runs.knobs import STARTS, Knobs, check, check_model
+from runs.metrics import RUN_FILES
+from runs.ranks import Ranks
+from runs.records import METRICS, RUN, read_jsonl
+from runs.resume import resume_knobs
+
+ARCHITECTURE = {f.name for f in fields(GPTConfig)} - {'vocab_size', 'vocab_used', 'dropout'}
+
+
+class Start(NamedTuple):
+    knobs: Knobs
+    given: dict  # the knobs that a config file or the command line has set
+    resume: bool  # whether the run goes on from the checkpoint in its folder
+    there: list[str]  # which of RUN_FILES its folder holds
+
+
+def read_knobs(argv: list[str], doc: str) -> Start:
+    """The knobs of the command line, on top of those of the run that is to be resumed; checked.
+
+    ConfigError where they do not fit together, or do not fit what lies in the folder.
+    """
+    k, given, files = configure(Knobs, argv, doc)
+    if not k.out_dir:
+        names = [f.stem for f in files] or ['default']
+        k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
+    out_dir = Path(k.out_dir)
+    there = run_files(out_dir)
+    saved = any(name.endswith('.pt') for name in there)
+    resume = k.init_from == 'resume' or (k.init_from == 'auto' and saved)
+    if k.overwrite and k.init_from in ('resume', 'auto'):
+        raise ConfigError(f'overwrite starts over and init_from={k.init_from} goes on: give one of them')
+    if resume and not saved:
+        raise ConfigError(
+            f'{out_dir} holds a run that ended before its first save: start over with --overwrite'
+            if there
+            else f'{out_dir} holds no run to resume: start one with --init_from=scratch (the default)'
+        )
+    if there and k.init_from not in ('resume', 'auto') and not k.overwrite:
+        raise ConfigError(
+            f'{out_dir} holds {describe_run(out_dir)}: go on with --init_from=resume, '
+            'start over with --overwrite, or give another --out_dir'
+        )
+    if resume:
+        k = resume_knobs(k, given)
+        check_model(k)
+    elif k.init_from == 'auto':  # nothing is here: start as the config files would
+        start = configure(Knobs, [str(f) for f in files]).knobs.init_from
+        k = replace(k, init_from='scratch' if start in STARTS else start)
+    check(k)
+    return Start(k, given, resume, there)
+
+
+def run_files(out_dir: Path) -> list[str]:
+    return [name for name in RUN_FILES if (out_dir / name).exists()]
+
+
+def describe_run(out_dir: Path) -> str:
+    """'a finished run (5000 of 5000 iterations)', as far as its files tell."""
+    try:
+        run = json.loads((out_dir / RUN).read_text(encoding='utf-8'))
+        last = read_jsonl(out_dir / METRICS)[-1]['iter']
+        kind = 'a finished' if run['status'] == 'finished' else 'an unfinished'
+        return f'{kind} run ({last} of {run["config"]["max_iters"]} iterations)'
+    except (OSError, ValueError, KeyError, IndexError):
+        return 'a run'
+
+
+@contextlib.contextmanager
+def claimed(out_dir: Path, there: list[str], group: Ranks):
+    """Holds the run's folder: rank 0 locks it. there: what it held when the knobs were checked."""
+    if not group.main:
+        yield
+        return
+    with FolderLock(out_dir):
+        if there != run_files(out_dir):
+            raise ConfigError(f'{out_dir}: another run has been at work here just now; start again')
+        yield
+
+
+def pretrained_knobs(k: Knobs, given: dict, found: GPTConfig) -> Knobs:
+    """The knobs with the weights' architecture wherever no config file and no flag says otherwise."""
+    taken = {name: getattr(found, name) for name in ARCHITECTURE if hasattr(k, name) and name not in given}
+    merged = replace(k, **taken)
+    check_model(merged)
+    return merged

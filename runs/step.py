@@ -1,0 +1,213 @@
+"""One training step, and the evaluation between steps: what train.py repeats, and what bench.py measures."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import ConfigError
+from data.tokendata import eval_batch, eval_starts, get_batch
+from model import LanguageModel
+from runs.console import say
+from runs.diagnostics import blame
+from runs.knobs import Knobs
+from runs.ranks import Ranks
+from runs.system import autocast_for
+
+
+def dropout_seed(seed: int, step: int, micro: int, part: int = 0) -> int:
+    """Dropout of a micro-batch is a function of these alone: the same after a resume, on any ranks.
+
+    part: which of the ranks that share the micro-batch; their sequences must not get the same dropout.
+    """
+    entropy = [seed, step, micro, 1] + ([part] if part else [])
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def share_of(k: Knobs, group: Ranks) -> tuple[list[int], slice]:
+    """This rank's share of every step: which micro-batches, and which of their sequences.
+
+    A step trains on gradient_accumulation_steps micro-batches of batch_size sequences, the same ones on any
+    number of ranks. The ranks share the micro-batches out where their number divides; else every rank takes
+    its part of each micro-batch, and the parts differ by one sequence at most.
+    """
+    n, rank, world = k.gradient_accumulation_steps, group.rank, group.world
+    if n % world == 0:
+        return list(range(rank, n, world)), slice(0, k.batch_size)
+    if k.batch_size < world:
+        raise ConfigError(
+            f'{world} ranks cannot share gradient_accumulation_steps={n} micro-batches of '
+            f'batch_size={k.batch_size}: make the first a multiple of {world}, or the second at least {world}'
+        )
+    return list(range(n)), slice(k.batch_size * rank // world, k.batch_size * (rank + 1) // world)
+
+
+def compiled(model: LanguageModel, k: Knobs, device: str):
+    """The model as torch.compile makes it, or as it is where that is off or cannot be."""
+    if not k.compile:
+        return model
+    compilers = os.environ.get('CXX', 'g++'), 'clang++'
+    if device == 'cpu' and not any(shutil.which(c) for c in compilers):
+        say('warning: compile is on, but no C++ compiler is here: running uncompiled, slower, same results')
+        return model
+    say('compiling the model (about a minute) …')
+    return torch.compile(model)
+
+
+class TrainingStep:
+    """Gradients of a batch, then an update; between the two the caller may look at loss and gradient norm."""
+
+    def __init__(self, k: Knobs, group: Ranks, model, optimizer, tokens, device: str, dtype: str):
+        """tokens: of the training split. dtype: of autocast, 'float32', 'bfloat16' or 'float16'."""
+        self.k, self.group, self.model, self.optimizer = k, group, model, optimizer
+        self.tokens, self.device = tokens, device
+        self.device_type = device.split(':')[0]
+        self.autocast = partial(autocast_for, device, dtype)
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == 'float16')
+        self.micros, self.rows = share_of(k, group)
+        # DDP takes the mean over ranks: a rank with fewer sequences than others must count less
+        sequences = self.rows.stop - self.rows.start
+        parts = 1 if sequences == k.batch_size else group.world
+        self.divisor = len(self.micros) * k.batch_size / (sequences * parts)
+        self.compiled = compiled(model, k, device)
+        self.trained = self.compiled
+        if group.ddp:
+            ids = [torch.device(device).index] if self.device_type == 'cuda' else None
+            self.trained = DistributedDataParallel(self.compiled, device_ids=ids)
+        self.inputs = None  # of the next micro-batch, fetched while the device computes
+        self.grad_norm = None
+
+    def begin(self, it: int):
+        """Called once, before the first step, which is number `it`."""
+        self.inputs = self.fetch(it, 0)
+        if self.group.ddp:
+            # DDP orders its buckets by the first backward pass. Here that is one whose gradients are dropped,
+            # so that a resumed run adds the ranks' gradients up in the same order from its first step on.
+            with self.autocast():
+                self.trained(*self.inputs)[1].backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def fetch(self, it: int, j: int):
+        """Micro-batch j of this rank in step `it`: x, y (sequences, block_size), and the part of training
+        that is done, a scalar."""
+        k = self.k
+        batch = get_batch(self.tokens, k.seed, it, self.micros[j], k.batch_size, k.block_size)
+        x, y = (torch.from_numpy(a[self.rows]) for a in batch)
+        progress = torch.full((), it / max(1, k.max_iters), device=self.device)
+        pinned = self.device_type == 'cuda'  # so that the copy runs beside the computation
+        if pinned:
+            x, y = x.pin_memory(), y.pin_memory()
+        x, y = (t.to(self.device, non_blocking=pinned) for t in (x, y))
+        return x, y, progress
+
+    def dropout_seed(self, it: int, j: int) -> int:
+        part = 0 if self.rows == slice(0, self.k.batch_size) else self.group.rank
+        return dropout_seed(self.k.seed, it, self.micros[j], part)
+
+    def gradients(self, it: int, stopping: bool = False) -> tuple[float, float, bool]:
+        """Leave the gradients of step `it` in the parameters.
+
+        Returns the mean loss (nats per token), the norm of the gradient, and whether any rank wants to stop;
+        they are the same on all ranks.
+        """
+        loss_sum = torch.zeros((), device=self.device)
+        last = len(self.micros) - 1
+        for j in range(len(self.micros)):
+            if self.group.ddp:  # ranks add their gradients once per step
+                self.trained.require_backward_grad_sync = j == last
+            if self.k.dropout:
+                torch.manual_seed(self.dropout_seed(it, j))
+            with self.autocast():
+                _, loss = self.trained(*self.inputs)
+            self.scaler.scale(loss / self.divisor).backward()
+            loss_sum += loss.detach()
+            self.inputs = self.fetch(it, j + 1) if j < last else self.fetch(it + 1, 0)
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        report = torch.stack([loss_sum / self.divisor, torch.full_like(loss_sum, stopping)])
+        if self.group.ddp:
+            dist.all_reduce(report)
+        # the one time that a step waits for the device
+        loss, stopping, norm = torch.cat([report / self.group.world, self.grad_norm[None]]).tolist()
+        return loss, norm, stopping > 0
+
+    def finite(self, loss: float, norm: float) -> bool:
+        """Whether an update may be made: loss and norm are finite, or the loss scaler will skip this step. It
+        lowers its scale where gradients overflow, down to a limit."""
+        skipped = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 2**-14
+        return math.isfinite(loss) and (math.isfinite(norm) or skipped)
+
+    def blame(self, it: int) -> str:
+        """What went wrong first in step `it`, whose gradients are in the parameters: see diagnostics.py."""
+        again = [(self.dropout_seed(it, j), self.fetch(it, j)) for j in range(len(self.micros))]
+        return blame(self.model, again, self.autocast, self.group.rank, self.group.world)
+
+    def update(self, lr: float):
+        """Clip the gradients, make the step of the optimizer at the rate lr, and drop the gradients."""
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr * group.get('lr_ratio', 1.0)
+        if self.k.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.k.grad_clip, self.grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def mean_loss(model, tokens, windows, batch_size, block_size, device, autocast, group: Ranks, stop=None):
+    """Mean loss over windows of one split, in nats per token; None if any rank is to stop before the end.
+
+    windows: (starts, skip) of eval_starts. The ranks share the batches. Each batch's sum of losses has a
+    place of its own in a vector before the ranks add theirs, so that the result does not depend on how many
+    ranks there are. stop: a StopRequest, or None.
+    """
+    starts, skip = windows
+    n_batches = -(-len(starts) // batch_size)
+    sums = torch.zeros(n_batches + 1, dtype=torch.float32, device=device)  # the last one: ranks that stop
+    counts = torch.zeros(n_batches, dtype=torch.float32, device=device)
+    for i in range(group.rank, n_batches, group.world):
+        if stop is not None and stop.reason:
+            sums[-1] = 1
+            break
+        x, y = (torch.from_numpy(a) for a in eval_batch(tokens, starts, skip, i, batch_size, block_size))
+        counts[i] = (y != -1).sum()
+        with torch.no_grad(), autocast():
+            sums[i] = model(x.to(device), y.to(device))[1] * counts[i]
+    if group.world > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+    *sums, stopping = sums.tolist()
+    return None if stopping else sum(sums) / sum(counts.tolist())
+
+
+def evaluate(step: TrainingStep, splits: dict, stop) -> dict[str, float] | None:
+    """Mean loss of 'train' and 'val' over fixed windows, as many of each; None if any rank is to stop."""
+    k, losses = step.k, {}
+    val_windows = eval_starts(len(splits['val']), k.block_size, k.eval_iters * k.batch_size)
+    step.compiled.eval()
+    for split in ('train', 'val'):
+        tokens = splits[split]
+        windows = val_windows
+        if split == 'train':
+            windows = eval_starts(len(tokens), k.block_size, len(val_windows[0]))
+        losses[split] = mean_loss(
+            step.compiled,
+            tokens,
+            windows,
+            k.batch_size,
+            k.block_size,
+            step.device,
+            step.autocast,
+            step.group,
+            stop,
+        )
+        if losses[split] is None:
+            break
+    step.compiled.train()
+    return None if None in losses.values() else losses

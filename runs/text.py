@@ -1,0 +1,71 @@
+"""Text in and out of a model: the prompt, where a document begins, and what comes token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from configurator import ConfigError
+from data.tokenizer import from_spec
+
+
+def stream_text(
+    model, tokenizer, prompt, max_new_tokens, stop_token=None, stop=(), **options
+) -> Iterator[str]:
+    """The text that continues prompt (1, T): a piece per token, and one more at the end.
+
+    It ends before the token stop_token and before any of the texts in stop. options as of GPT.stream. A token
+    may end inside a character, and a text inside a stop: such a tail is held back until it is known.
+    """
+    ids = prompt[0, -1:].tolist()  # a tokenizer may drop the space that a text begins with: begin before it
+    shown, held = tokenizer.decode(ids).rstrip('\ufffd'), ''
+    for token in model.stream(prompt, max_new_tokens, **options):
+        if int(token) == stop_token:
+            yield ''
+            break
+        ids.append(int(token))
+        text = tokenizer.decode(ids)
+        ready = text.rstrip('\ufffd')
+        held += ready[len(shown) :]
+        found = [held.index(s) for s in stop if s in held]
+        if found:
+            yield held[: min(found)]
+            held, ids, shown = '', [], ''
+            break
+        keep = max((n for s in stop for n in range(len(s)) if held.endswith(s[:n])), default=0)
+        yield held[: len(held) - keep]
+        held, shown = held[len(held) - keep :], ready
+        if text.endswith('\n'):  # decode line by line, so that the cost per token stays bounded
+            ids = ids[-1:]
+            shown = tokenizer.decode(ids)
+    yield held + tokenizer.decode(ids)[len(shown) :]
+
+
+def read_prompt(start: str) -> str:
+    if not start.startswith('FILE:'):
+        return start
+    path = Path(start[len('FILE:') :])
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f'start={start!r}: {path} cannot be read as UTF-8 text ({e})') from None
+
+
+def document_start(state: dict, tokenizer) -> list[int]:
+    """The tokens that a document begins after: the data's own, else the end of the one before."""
+    begin = state.get('begin')
+    begin = tokenizer.eot if begin is None else begin
+    return [] if begin is None else [begin]
+
+
+def print_sample(model, data, max_new_tokens: int, seed: int, device: str):
+    """Print a text that begins as a document of the data set does; for data with a known tokenizer."""
+    tokenizer = from_spec(data.tokenizer_spec)
+    start = document_start({'begin': data.meta.get('begin')}, tokenizer) or [0]
+    prompt = torch.tensor([start], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for piece in stream_text(model, tokenizer, prompt, max_new_tokens, top_k=50, generator=generator):
+        print(piece, end='', flush=True)
+    print()
