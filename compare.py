@@ -319,14 +319,20 @@ def cautions(arms: list[Compared], base: Compared | None):
 def same_models(arms: list[Compared]):
     """A line for every arm that is the same model as another one, trained alike except for the rate."""
     known = {}
-    for arm in (a for a in arms if a.one):
+    for arm in arms:
+        if not arm.one:
+            continue
         learned, model = what_is_learned(arm.one.config), arm.one.run['model']
-        described = arm.one.run.get('describe') or learned.get('attention')
-        rest = {k: v for k, v in learned.items() if 'learning_rate' not in k and k != 'attention'}
-        sizes = [model[name] for name in ('params', 'flops_per_token', 'cache_bytes_per_token')]
+        attention = learned.pop('attention')
+        described = arm.one.run.get('describe') or attention
+        rest = {k: v for k, v in learned.items() if k not in ('learning_rate', 'muon_learning_rate')}
+        sizes = [model['params'], model['flops_per_token'], model['cache_bytes_per_token']]
         first = known.setdefault(json.dumps([described, rest, sizes], sort_keys=True), arm)
         if first is not arm:
-            yield f'{arm.name} and {first.name} are the same model, trained alike'
+            yield (
+                f'{arm.name} and {first.name} are the same model: their heads read the same keys and values, '
+                'and they are trained alike'
+            )
 
 
 def surroundings(run: Run) -> dict:

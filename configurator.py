@@ -127,8 +127,7 @@ def configure(cls, argv, doc='', words=''):
 def divide(cls, other, argv):
     """
     One command line for two dataclasses of knobs: (the arguments for `cls`, `--key=value` for the other).
-
-    A knob that both have is that of `cls`. Names and values of the other's are checked here: ConfigError.
+    Names and values of the other's knobs are checked here: ConfigError.
     """
     kinds, others = _kinds(cls), _kinds(other)
     options, words = _options_of([arg for arg in argv if arg not in ('--help', '-h')], others | kinds)
@@ -181,7 +180,7 @@ def from_dict(cls, values, where):
     return cls(**{name: _checked(cls, name, value, where) for name, value in values.items()})
 
 
-def check_command_line(cls, doc=''):
+def check_command_line(cls, doc='', words=''):
     """
     Answer --help and refuse wrong flags, as the first act of a program: before it imports what takes seconds.
 
@@ -194,9 +193,10 @@ def check_command_line(cls, doc=''):
     """
 
     def parse(argv):
-        _, others = _options_of(argv, _kinds(cls))
-        files = {arg for _, arg in others if arg.endswith('.py')}
-        configure(cls, [arg for arg in argv if arg not in files], doc)
+        if '--help' in argv or '-h' in argv:
+            configure(cls, argv, doc, words)  # prints it and exits
+        for key, text in _options_of(argv, _kinds(cls))[0]:
+            _from_text(cls, key, text)
 
     check_first(parse)
 

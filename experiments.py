@@ -44,11 +44,9 @@ from functools import cache
 from pathlib import Path
 
 from configurator import ConfigError, configure, divide, run_program
-from data.tokendata import open_data
+from runs import knobs as training
 from runs.datasets import data_folder, prepare_stdlib
 from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
-from runs.knobs import Knobs as TrainingKnobs
-from runs.knobs import check, model_config, saved_knobs
 from runs.records import (
     METRICS,
     README,
@@ -283,11 +281,11 @@ class Knobs:
 
 
 @cache
-def resolve(arguments: tuple) -> TrainingKnobs:
-    """What train.py makes of its arguments; ConfigError where it would refuse them."""
+def resolve(arguments: tuple):
+    """The knobs that train.py makes of its arguments; ConfigError where it would refuse them."""
     files = [str(ROOT / a) if a.endswith('.py') and not a.startswith('--') else a for a in arguments]
-    knobs = configure(TrainingKnobs, files).knobs
-    check(knobs)
+    knobs = configure(training.Knobs, files).knobs
+    training.check(knobs)
     return knobs
 
 
@@ -300,7 +298,7 @@ class Job:
     out: Path  # train.py's out_dir
 
     @property
-    def knobs(self) -> TrainingKnobs:
+    def knobs(self) -> Knobs:
         return resolve(self.arguments)
 
     def __str__(self):
@@ -738,7 +736,7 @@ def refuse_other_settings(plan: Plan, fingerprint: str | None = None):
         run = job.done()
         if not run:
             continue
-        then = saved_knobs(run.config, str(job.out / RUN))
+        then = training.saved_knobs(run.config, str(job.out / RUN))
         told = [
             f'{name}={was!r} (now {now!r})'
             for name, now, was in unlike(asdict(job.knobs), asdict(then))
@@ -759,6 +757,8 @@ def refuse_other_settings(plan: Plan, fingerprint: str | None = None):
 
 def check_data(plan: Plan) -> str:
     """The fingerprint of the data; DataError before the first run, rather than one from each."""
+    from data.tokendata import open_data
+
     folder = data_folder(plan.dataset)
     prepare_stdlib(folder)
     block_size = max(plan.job('', arm, 0, 1e-3).knobs.block_size for arm in plan.arms)
@@ -776,8 +776,8 @@ def same_models(plan: Plan) -> list[str]:
     for arm in plan.arms:
         k = plan.job('', arm, 0, 1e-3).knobs
         with torch.device('meta'):  # built without memory
-            model = build(k, model_config(k, vocab_size=64, vocab_used=64))
-        knobs = {n: v for n, v in what_is_learned(asdict(k)).items() if n != 'attention'}
+            model = build(k, training.model_config(k, vocab_size=64, vocab_used=64))
+        knobs = {name: v for name, v in what_is_learned(asdict(k)).items() if name != 'attention'}
         first = known.setdefault((model.describe(), model.num_params(), str(knobs)), arm)
         told += [] if first == arm else [f'{arm} and {first} are the same model, trained alike']
     return told
@@ -892,7 +892,7 @@ def run_all(plan: Plan, runner: Runner, fingerprint: str | None):
 
 def main(argv: list[str]) -> int:
     argv = ['--wandb_log' if arg == '--wandb' else arg for arg in argv]  # as it was called before
-    own, extra = divide(Knobs, TrainingKnobs, argv)
+    own, extra = divide(Knobs, training.Knobs, argv)
     told = '\n'.join(f'  {name}: {e.question}' for name, e in EXPERIMENTS.items())
     k, _, words = configure(Knobs, own, f'{__doc__}\nExperiments:\n{told}', words='EXPERIMENT …')
     for knob in ('seed', 'out_dir', 'init_from'):

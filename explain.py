@@ -85,10 +85,8 @@ class Watch(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             q, k = (t.float() for t in args[:2])  # (B, n_head, T, head_size)
             scores = (q @ k.mT / math.sqrt(q.size(-1)))[0]  # (n_head, T, T), reader first
-            seen = torch.ones_like(scores[0], dtype=torch.bool).tril()
             mask = (kwargs or {}).get('attn_mask')
-            if mask is not None:
-                seen = seen & (mask[0] if mask.dim() == 4 else mask)
+            seen = torch.ones_like(scores[0], dtype=torch.bool).tril() if mask is None else mask[0]
             self.see(scores.masked_fill(~seen, -math.inf).softmax(-1))
         return function(*args, **(kwargs or {}))
 

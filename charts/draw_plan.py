@@ -47,7 +47,8 @@ def square(x, y, size, lag):
 
 def svg(config, title: str) -> str:
     """The picture of config's plan; label 'a/b' where a head reads key and value of different layers."""
-    plan, n_layer, n_head = config.head_plan(), config.n_layer, config.n_head
+    plan, n_head = config.head_plan(), config.n_head
+    n_layer = len(plan.heads)  # those that have keys and values
     apart = any(head.key != head.value for layer in plan.heads for head in layer)
     found = sorted({l - min(h.key[0], h.value[0]) for l, layer in enumerate(plan.heads) for h in layer})
     lags = {lag: {0: 'own layer', 1: 'layer before'}.get(lag, f'{lag} before') for lag in found}
@@ -102,7 +103,9 @@ def main(argv: list[str]) -> int:
     check(k)
     config = model_config(k, vocab_size=64, vocab_used=64)
     if config.head_plan() is None:
-        raise ConfigError(f'attention={k.attention!r} has no head plan to draw')
+        raise ConfigError(
+            f'attention={k.attention!r}: there is no plan to draw, no layer has keys and values'
+        )
     print(svg(config, k.attention))
     return 0
 

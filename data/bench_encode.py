@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import run_program
 from data import corpus
+from data.chunks import chunks_of
 from data.files import CorpusError, text_sha256
 from data.scripts import Parser, whole
 from data.sources import file_source, paths
@@ -82,7 +83,7 @@ def datasets_map(text: str, folder: Path) -> Arm:
 def encode_only(text: str, folder: Path) -> Arm:
     """The tokenizer alone."""
     tokenizer = load('gpt2')
-    batches = [pieces for pieces, _, _ in corpus.chunks([file_source(text)])]
+    batches = [pieces for pieces, _, _ in chunks_of([file_source(text)])]
 
     def work() -> None:
         for pieces in batches:

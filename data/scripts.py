@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data.corpus import SHARD_TOKENS, Holdout, prepare
+from data.corpus import prepare
 from data.files import CorpusError, text_size
+from data.join import SHARD_TOKENS, Holdout
 from data.sources import Splits, TextFile, download, file_source, hub_sources, paths, template_parts
 
 TINY_SHAKESPEARE = (

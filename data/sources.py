@@ -343,7 +343,8 @@ def paths(given: Iterable[str | Path]) -> list[str]:
         elif has_magic(name):
             found += sorted(p for p in glob(name, recursive=True) if Path(p).is_file())
         else:
-            raise CorpusError(f'{name} does not exist')
+            there = Path(name).exists()
+            raise CorpusError(f'{name} is neither a file nor a folder' if there else f'{name} does not exist')
     if not found:
         raise CorpusError(f'no text in {", ".join(map(str, given))}')
     return found

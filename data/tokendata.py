@@ -193,10 +193,10 @@ def open_data(
     """Open the data set in `folder` for windows of `block_size` tokens and their targets.
 
     `vocab_size` is for a folder without meta.json (nanoGPT's raw .bin); with meta.json it must agree.
-    `verify` reads every file to its end, to compute its SHA-256 and to find ids outside the vocabulary. That
-    happens once per file: `.verified.json` beside it remembers the file's stamp and SHA-256, if the folder is
-    writable. Everything else (names, sizes, meta.json, tokenizer) is checked at every call. DataError names
-    what is wrong and the fix.
+    `verify` builds the tokenizer, to compare its vocabulary, and reads every file to its end, to compute its
+    SHA-256 and to find ids outside the vocabulary. A file is read once: `.verified.json` beside it remembers
+    its stamp and SHA-256, if the folder is writable. Everything else (names, sizes, the shape of meta.json,
+    fingerprints) is checked at every call. DataError names what is wrong and the fix.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -220,7 +220,7 @@ def open_data(
     for name in ('train', 'val'):
         if name not in names:
             raise DataError(f'{folder / name}.bin is missing: {fix}')
-    spec = _tokenizer_spec(folder, meta, fix) if meta else None
+    spec = _tokenizer_spec(folder, meta, verify, fix) if meta else None
     files_of = {name: token_files(name, meta['splits'][name] if meta else {}) for name in names}
     entries = {file: entry for files in files_of.values() for file, entry in files.items()}
     try:
@@ -291,10 +291,11 @@ def token_files(name: str, entry: Meta) -> dict[str, Meta]:
     return {f'{name}_{i:03d}.bin': shard for i, shard in enumerate(entry['shards'])}
 
 
-def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> Spec:
+def _tokenizer_spec(folder: Path, meta: Meta, verify: bool, fix: str) -> Spec:
     """The spec in meta.json, completed with the text of the tokenizer.json that stands beside it.
 
-    It must be the tokenizer of this vocabulary: one that has fewer ids would leave some that never occur.
+    It must be the tokenizer of this vocabulary: one that has fewer ids would leave some that never occur. To
+    know that it must be built, which takes a second for a large one.
     """
     spec = dict(meta['tokenizer'])
     if spec.get('kind') == 'tokenizers':
@@ -311,7 +312,7 @@ def _tokenizer_spec(folder: Path, meta: Meta, fix: str) -> Spec:
                 f'the tokenizer in {folder} has fingerprint {fingerprint(spec)[:12]}, the tokens were made '
                 f'with {spec["fingerprint"][:12]}: {fix}'
             )
-        known = vocab_size_of(spec)
+        known = vocab_size_of(spec) if verify else int(meta['vocab_size'])
     except TokenizerError as error:
         raise DataError(f'the tokenizer in {folder} cannot be used ({error}): {fix}') from error
     if known != meta['vocab_size']:

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.tokendata import DataError
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -18,6 +16,8 @@ def data_folder(dataset: str) -> Path:
 
 def prepare_stdlib(folder: Path):
     """Prepare the one corpus that every machine has, when it is used for the first time."""
+    from data.tokendata import DataError  # imports numpy, which what only needs a folder can do without
+
     if folder == ROOT / 'data' / 'stdlib' and not (folder / 'meta.json').exists():
         print('preparing data/stdlib, the sources of the Python standard library (once)', flush=True)
         command = [sys.executable, str(folder / 'prepare.py')]

@@ -206,6 +206,7 @@ def describe_run(k, argv, model, data, device: str, dtype: str, world: int) -> d
         'versions': versions(),
         'device': {'type': device, 'name': device_name(device), 'dtype': dtype, 'ranks': world},
         'threads': torch.get_num_threads(),
+        'describe': model.describe(),
         'model': {
             'params': model.num_params(),
             'params_total': model.num_params(non_embedding=False),

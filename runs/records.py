@@ -13,7 +13,7 @@ import json
 import math
 import re
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from configurator import UserError
 from declared import Either, Null, Number, Object, Shape, Text, Whole
 from layers.spec import canonical
 from runs.files import make_folder, write_text
-from runs.knobs import BEFORE
+from runs.knobs import BEFORE, Knobs
 
 METRICS, RUN, README = 'metrics.jsonl', 'run.json', 'README.md'
 PACK = '.jsonl'  # NAME.jsonl holds the runs of the folder NAME
@@ -244,12 +244,16 @@ def _twice(metrics: list[dict]) -> int | None:
 
 
 def what_is_learned(config: dict) -> dict:
-    """The knobs that decide what a run learns, of where it started only whether from other weights; attention
-    in its one spelling, whatever the spelling was when it ran."""
-    learned = {name: value for name, value in {**BEFORE, **config}.items() if name not in SESSION}
-    older = [learned.pop(name, '') for name in ('head_split', 'windows')]
-    with contextlib.suppress(ValueError):  # what no model of today has stays as it is
-        learned['attention'] = canonical(learned.get('attention', 'vanilla'), *older)
+    """The knobs that decide what a run learns, of where it started only whether from other weights.
+
+    Knobs that a record is too old to name are as they were then; the attention is in its one spelling.
+    """
+    learned = {f.name: f.default for f in fields(Knobs)} | BEFORE | config
+    attention, head_split, windows = (learned.pop(n) for n in ('attention', 'head_split', 'windows'))
+    learned = {name: value for name, value in learned.items() if name not in SESSION}
+    with contextlib.suppress(ValueError):  # what cannot be read is compared as it is
+        attention = canonical(attention, head_split, windows)
+    learned['attention'] = attention
     if config.get('optimizer') != 'muon':
         del learned['muon_qkv']
     if config.get('init_from') not in (None, 'scratch', 'resume', 'auto'):

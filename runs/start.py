@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from configurator import ConfigError, configure
 from model import GPTConfig
+from runs import metrics
 from runs.files import FolderLock
 from runs.knobs import STARTS, Knobs, check, check_model
-from runs.metrics import RUN_FILES
 from runs.ranks import Ranks
-from runs.records import METRICS, RUN, read_jsonl
 from runs.resume import resume_knobs
 
 ARCHITECTURE = {f.name for f in fields(GPTConfig)} - {'vocab_size', 'vocab_used', 'dropout'}
@@ -24,7 +23,7 @@ class Start(NamedTuple):
     knobs: Knobs
     given: dict  # the knobs that a config file or the command line has set
     resume: bool  # whether the run goes on from the checkpoint in its folder
-    there: list[str]  # which of RUN_FILES its folder holds
+    there: list[str]  # which of metrics.RUN_FILES its folder holds
 
 
 def read_knobs(argv: list[str], doc: str) -> Start:
@@ -64,14 +63,14 @@ def read_knobs(argv: list[str], doc: str) -> Start:
 
 
 def run_files(out_dir: Path) -> list[str]:
-    return [name for name in RUN_FILES if (out_dir / name).exists()]
+    return [name for name in metrics.RUN_FILES if (out_dir / name).exists()]
 
 
 def describe_run(out_dir: Path) -> str:
     """'a finished run (5000 of 5000 iterations)', as far as its files tell."""
     try:
-        run = json.loads((out_dir / RUN).read_text(encoding='utf-8'))
-        last = read_jsonl(out_dir / METRICS)[-1]['iter']
+        run = json.loads((out_dir / metrics.RUN).read_text(encoding='utf-8'))
+        last = metrics.read_jsonl(out_dir / metrics.METRICS)[-1]['iter']
         kind = 'a finished' if run['status'] == 'finished' else 'an unfinished'
         return f'{kind} run ({last} of {run["config"]["max_iters"]} iterations)'
     except (OSError, ValueError, KeyError, IndexError):

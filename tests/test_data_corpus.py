@@ -22,9 +22,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from data import corpus, sources
-from data.corpus import Holdout, chunks, prepare
+from data import chunks, corpus, sources
+from data.chunks import chunks_of
+from data.corpus import prepare
 from data.files import CorpusError, WholeFile, open_bytes, raw_blocks
+from data.join import Holdout
 from data.sources import ENDS, STARTS, Joined, Records, TextFile, file_source, in_pieces, paths, read_text
 from data.tokendata import DataError, open_data
 from data.tokenizer import Bytes, Tiktoken, TokenizerError, from_spec, train_bpe
@@ -106,8 +108,8 @@ def decoded(data, split):
 def small(monkeypatch):
     """Pieces, chunks and batches so small that a short text has many."""
     monkeypatch.setattr(sources, 'PIECE', 50)
-    monkeypatch.setattr(corpus, 'CHUNK', 300)
-    monkeypatch.setattr(corpus, 'BATCH', 100)
+    monkeypatch.setattr(chunks, 'CHUNK', 300)
+    monkeypatch.setattr(chunks, 'BATCH', 100)
 
 
 # Sources --------------------------------------------------------------------
@@ -184,6 +186,8 @@ def test_folders_patterns_and_files(tmp_path, capsys):
     assert paths([str(tmp_path / 'set' / 'picture.png')]) == [
         str(tmp_path / 'set' / 'picture.png')
     ]  # as asked
+    with pytest.raises(CorpusError, match=f'{os.devnull} is neither a file nor a folder'):
+        paths([os.devnull])
     for bad in (tmp_path / 'none', tmp_path / '*.csv'):
         with pytest.raises(CorpusError, match=r'does not exist|no text in'):
             paths([bad])
@@ -209,7 +213,7 @@ def test_parts_of_a_text_are_the_text(tmp_path, small, raw):
 @pytest.mark.parametrize('suffix', ['txt', 'txt.gz', 'jsonl', 'parquet'])
 def test_reading_takes_little_memory(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(sources, 'PIECE', 1 << 16)
-    monkeypatch.setattr(corpus, 'CHUNK', 1 << 19)
+    monkeypatch.setattr(chunks, 'CHUNK', 1 << 19)
     line, count, path = 'the quick brown fox jumps over the lazy dog\n' * 200, 1000, tmp_path / f'a.{suffix}'
     if suffix == 'parquet':
         write_parquet(path, [line] * count)
@@ -223,12 +227,12 @@ def test_reading_takes_little_memory(tmp_path, monkeypatch, suffix):
                 file.write(json.dumps({'text': line}) + '\n' if suffix == 'jsonl' else line)
     size = 0
     tracemalloc.start()
-    for pieces, _, _ in chunks([file_source(str(path))]):
+    for pieces, _, _ in chunks_of([file_source(str(path))]):
         size += sum(map(len, pieces))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size == count * len(line) > 16 * corpus.CHUNK
-    assert peak < 6 * corpus.CHUNK
+    assert size == count * len(line) > 16 * chunks.CHUNK
+    assert peak < 6 * chunks.CHUNK
 
 
 @pytest.mark.parametrize(
@@ -255,7 +259,7 @@ def test_reading_takes_little_memory(tmp_path, monkeypatch, suffix):
 def test_text_that_cannot_be_read_is_one_line(tmp_path, name, content, wanted):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=wanted) as error:
-        list(chunks([file_source(str(tmp_path / name))]))
+        list(chunks_of([file_source(str(tmp_path / name))]))
     assert '\n' not in str(error.value)
     assert str(tmp_path / name) in str(error.value)
 
@@ -378,13 +382,13 @@ def test_a_truncated_parquet_file_is_refused(tmp_path):
     for end in (0, 3, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:end])
         with pytest.raises(CorpusError, match=r'a\.parquet cannot be read'):
-            list(chunks([file_source(str(path))]))
+            list(chunks_of([file_source(str(path))]))
     packed = tmp_path / 'a.parquet.gz'
     packed.write_bytes(gzip.compress(content))
     assert documents_of(file_source(str(packed))) == DOCUMENTS
     packed.write_bytes(gzip.compress(content)[:-10])
     with pytest.raises(CorpusError, match='is truncated'):
-        list(chunks([file_source(str(packed))]))
+        list(chunks_of([file_source(str(packed))]))
 
 
 def test_a_text_file_with_or_without_a_byte_order_mark(tmp_path):
@@ -566,7 +570,7 @@ def test_documents_without_text_are_left_out(tmp_path, capsys):
 @pytest.mark.parametrize('num_proc', [1, 2])
 def test_documents_that_splits_share_are_counted(tmp_path, small, monkeypatch, capsys, num_proc):
     """Whatever pieces and chunks they are in, and however often."""
-    monkeypatch.setattr(corpus, 'SMALL', 0)
+    monkeypatch.setattr(chunks, 'SMALL', 0)
     long, also_long = words(1, 200), words(2, 200)
     texts = {
         'train': ['a', 'b', long, 'c', 'c', '', also_long, *(words(i, 9) for i in range(10, 50))],
@@ -696,7 +700,7 @@ def test_a_bpe_does_not_see_what_is_held_out(tmp_path):
 
 
 def test_the_same_files_however_many_processes(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(corpus, 'SMALL', 0)
+    monkeypatch.setattr(chunks, 'SMALL', 0)
     splits = {s: [Records(write_jsonl(tmp_path / f'{s}.jsonl', [words(i, 30) for i in seeds]))]
               for s, seeds in (('train', range(60)), ('val', range(60, 70)))}  # fmt: skip
     metas = [prepare(tmp_path / str(n), 'bpe:300', splits, num_proc=n) for n in (1, 2, 3)]
@@ -712,7 +716,7 @@ def test_chunks_do_not_change_the_files(tmp_path, monkeypatch):
         (tmp_path / f'{split}.txt').write_text(words(seed, 3000), encoding='utf-8')
     metas = []
     for size in (1 << 22, 500):
-        monkeypatch.setattr(corpus, 'CHUNK', size)
+        monkeypatch.setattr(chunks, 'CHUNK', size)
         monkeypatch.setattr(sources, 'PIECE', size // 4)
         metas.append(prepare(tmp_path / f'{size}', 'bpe:500', splits, num_proc=1))
     assert metas[0]['splits'] == metas[1]['splits']
@@ -724,10 +728,9 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
 DRIVER = """
     import os, signal, sys
     sys.path.insert(0, {root!r})
-    from data import corpus
-    from data import sources
+    from data import chunks, corpus, join, sources
 
-    sources.PIECE, corpus.CHUNK, corpus.SMALL = 50, 300, 0
+    sources.PIECE, chunks.CHUNK, chunks.SMALL = 50, 300, 0
 
     def die(*arguments, **more):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -737,47 +740,47 @@ DRIVER = """
     if __name__ == '__main__':
         holdout = None
         if {holdout!r}:
-            splits, holdout = {{'train': splits['train']}}, corpus.Holdout(0.1, 7)
+            splits, holdout = {{'train': splits['train']}}, join.Holdout(0.1, 7)
         corpus.prepare(
             'set', 'bpe:300', splits, holdout=holdout, num_proc={num_proc}, shard_tokens={shard_tokens}
         )
 """
 COUNT = """
-    real = corpus.encode_chunk
+    real = chunks.encode_chunk
     def counted(*arguments):
         print('encoded')
         return real(*arguments)
-    corpus.encode_chunk = counted"""
+    chunks.encode_chunk = counted"""
 # where the process kills itself: patches of corpus, in the order of a run
 FAULTS = {
-    'before any chunk': 'corpus.chunks = die',
+    'before any chunk': 'chunks.chunks_of = die',
     'while the tokenizer is trained': 'corpus.train_bpe = die',
     'while chunk 3 is written': """
-    save, count = corpus.np.savez, []
+    save, count = chunks.np.savez, []
     def third(file, **arrays):
         count.append(1)
         if len(count) == 3:
             file.write(b'PK half a chunk'); file.flush(); die()
         save(file, **arrays)
-    corpus.np.savez = third""",
+    chunks.np.savez = third""",
     'between two chunks': """
-    real, count = corpus.encode_chunk, []
+    real, count = chunks.encode_chunk, []
     def fifth(*arguments):
         count.append(1)
         return die() if len(count) == 5 else real(*arguments)
-    corpus.encode_chunk = fifth""",
+    chunks.encode_chunk = fifth""",
     'while the chunks are joined': """
-    write, count = corpus.TokenWriter.write, []
+    write, count = join.TokenWriter.write, []
     def second(self, *arguments):
         write(self, *arguments); self.file.flush(); count.append(1)
         if len(count) == 2: die()
-    corpus.TokenWriter.write = second""",
+    join.TokenWriter.write = second""",
     'between two shards': """
-    begin, count = corpus.TokenWriter._begin_shard, []
+    begin, count = join.TokenWriter._begin_shard, []
     def third(self):
         count.append(1)
         return die() if len(count) == 3 else begin(self)
-    corpus.TokenWriter._begin_shard = third""",
+    join.TokenWriter._begin_shard = third""",
     'before the files are put in place': 'corpus._put_in_place = die',
     'when train.bin is in place': """
     replace = os.replace
@@ -898,13 +901,13 @@ def test_workers_end_with_a_killed_parent(tmp_path, root, reference):
     for name, content in reference['texts'].items():
         (tmp_path / name).write_bytes(content)
     fault = """
-    real = corpus.encode_split
+    real = chunks.encode_split
     def with_workers(folder, sources, spec, executor, *arguments):
         executor.submit(int).result()
         open('workers', 'w').write(' '.join(map(str, executor._processes)))
-        corpus.wait = die
+        chunks.wait = die
         return real(folder, sources, spec, executor, *arguments)
-    corpus.encode_split = with_workers"""
+    chunks.encode_split = with_workers"""
     # the pipe of stdout would stay open as long as a worker lives
     killed = drive(tmp_path, root, fault, num_proc=2, timeout=60)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -934,7 +937,7 @@ def test_a_killed_worker_is_one_line_and_the_run_goes_on(tmp_path, root, referen
         (tmp_path / name).write_bytes(content)
     fault = """
     if __name__ == '__mp_main__':
-        corpus.encode_chunk = die"""
+        chunks.encode_chunk = die"""
     killed = drive(tmp_path, root, fault, num_proc=2, timeout=60)
     assert killed.returncode == 1
     assert 'CorpusError: a process that encodes was killed' in killed.stderr
@@ -954,20 +957,20 @@ def two(tmp_path):
     }
 
 
-def interrupt(monkeypatch, function, folder, tokenizer, splits):
-    """A preparation that Ctrl-C ends where it calls this function of corpus."""
+def interrupt(monkeypatch, module, function, folder, tokenizer, splits):
+    """A preparation that Ctrl-C ends where it calls this function of the module."""
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(corpus, function, interrupted)
+        patch.setattr(module, function, interrupted)
         prepare(folder, tokenizer, splits, num_proc=1)
 
 
 def test_what_is_there_already_is_left_alone(tmp_path, two, monkeypatch, capsys):
     first = prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
-    monkeypatch.setattr(corpus, 'encode_chunk', lambda *arguments: pytest.fail('encoded again'))
+    monkeypatch.setattr(chunks, 'encode_chunk', lambda *arguments: pytest.fail('encoded again'))
     assert prepare(tmp_path / 'set', 'bytes', two, num_proc=2) == first
     assert 'prepared already' in capsys.readouterr().out
     assert not (tmp_path / 'set' / '.prepare').exists()
@@ -1029,14 +1032,14 @@ def test_a_changed_or_damaged_set_is_made_again(tmp_path, two):
 def test_the_old_set_serves_until_the_new_one_is_there(tmp_path, two, monkeypatch):
     prepare(tmp_path / 'set', 'bytes', two, num_proc=1)
 
-    interrupt(monkeypatch, 'encode_chunk', tmp_path / 'set', 'bpe:300', two)
+    interrupt(monkeypatch, chunks, 'encode_chunk', tmp_path / 'set', 'bpe:300', two)
     assert open_data(tmp_path / 'set').vocab_size == 257
 
 
 def test_chunks_of_another_job_are_not_used(tmp_path, two, monkeypatch):
     prepare(tmp_path / 'clean', 'bpe:300', two, num_proc=1)
 
-    interrupt(monkeypatch, 'join_chunks', tmp_path / 'set', 'bytes', two)
+    interrupt(monkeypatch, corpus, 'join_chunks', tmp_path / 'set', 'bytes', two)
     assert list((tmp_path / 'set' / '.prepare').rglob('*.npz'))
     prepare(tmp_path / 'set', 'bpe:300', two, num_proc=1)
     assert (tmp_path / 'set' / 'train.bin').read_bytes() == (tmp_path / 'clean' / 'train.bin').read_bytes()
@@ -1079,7 +1082,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(tmp_path, two, 
 
 
 def test_a_damaged_chunk_is_named(tmp_path, two, monkeypatch):
-    interrupt(monkeypatch, 'join_chunks', tmp_path / 'set', 'bytes', two)
+    interrupt(monkeypatch, corpus, 'join_chunks', tmp_path / 'set', 'bytes', two)
     chunk = sorted((tmp_path / 'set').rglob('*.npz'))[0]
     os.truncate(chunk, chunk.stat().st_size // 2)
     with pytest.raises(CorpusError, match=re.escape(f'{chunk.name} is damaged')):

@@ -25,6 +25,7 @@ from fake_hub import COMMIT, serving
 
 SCRIPTS = (
     'openwebtext',
+    'fineweb',
     'stdlib',
     'shakespeare',
     'shakespeare_char',
@@ -74,9 +75,10 @@ def write_parquet(path, texts):
     return path
 
 
-@pytest.mark.parametrize(
-    'name', [f'{name}/prepare.py' for name in SCRIPTS] + ['prepare.py', 'peek.py', 'bench_encode.py']
-)
+PROGRAMS = ('prepare.py', 'peek.py', 'bench_encode.py', 'bench_readers.py')
+
+
+@pytest.mark.parametrize('name', [*(f'{name}/prepare.py' for name in SCRIPTS), *PROGRAMS])
 def test_help(root, name):
     assert '--help' in run(root, name, '--help')[0]
 
@@ -149,6 +151,100 @@ def test_openwebtext_from_the_hub_and_from_its_cache(root, tmp_path, gpt2):
     again = open_data(tmp_path / 'again')
     assert again.fingerprint == data.fingerprint
     assert again.meta['source'] == data.meta['source']
+
+
+def write_fineweb(path, texts):
+    """Rows as those of FineWeb-Edu."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n = len(texts)
+    columns = {
+        'text': texts,
+        'id': [f'<urn:uuid:{i}>' for i in range(n)],
+        'dump': ['CC-MAIN-2024-10'] * n,
+        'url': [f'http://example.org/{i}' for i in range(n)],
+        'language_score': [0.9] * n,
+        'token_count': list(range(n)),
+        'int_score': [3] * n,
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=7, compression='snappy')
+    return path
+
+
+def test_fineweb_from_the_hub_and_from_its_files(root, tmp_path, gpt2):
+    """Of a repository with several subsets the one that is asked for; the same tokens from local files."""
+    texts = [f'Document {i}. {TEXT}' * (1 + i % 3) for i in range(60)]
+    card = '---\nconfigs:\n'
+    for subset, folder, some in (('sample-10BT', '10BT', texts), ('sample-100BT', '100BT', texts[::-1])):
+        files = [
+            write_fineweb(tmp_path / f'repo/sample/{folder}/00{i}_00000.parquet', some[20 * i : 20 * i + 20])
+            for i in range(3)
+        ]
+        card += f'- config_name: {subset}\n  data_files:\n  - split: train\n    path: sample/{folder}/*\n'
+    (tmp_path / 'repo' / 'README.md').write_text(card + '---\n', encoding='utf-8')
+    ask = ['--val_fraction=0.05', '--shard_tokens=1000', '--num_proc=1']
+    with serving(tmp_path / 'repo', 'owner/name') as (address, requests):
+        hub = {'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'home')}
+        out = tmp_path / 'hub'
+        run(root, 'fineweb/prepare.py', '--repo=owner/name', *ask, '--out_dir', out, **hub)
+    assert any('bytes=' in request for request in requests)  # read as it is encoded
+    files = sorted((tmp_path / 'repo/sample/10BT').iterdir())
+    run(root, 'fineweb/prepare.py', '--files', *files, *ask, '--out_dir', tmp_path / 'local')
+    data = open_data(tmp_path / 'hub')
+    assert data.fingerprint == open_data(tmp_path / 'local').fingerprint
+    assert data.meta['source'] == {'repo': 'owner/name', 'revision': COMMIT, 'config': 'sample-10BT'}
+    assert len(data.meta['splits']['train']['shards']) > 2
+    order = np.random.default_rng(2357).permutation(60)[:3].tolist()
+    assert decoded(tmp_path / 'hub', 'val') == ''.join(f'{texts[i]}<|endoftext|>' for i in order)
+    rest = [text for i, text in enumerate(texts) if i not in order]
+    tokenizer = from_spec(data.tokenizer_spec)
+    assert tokenizer.decode(data.splits['train'][:]) == ''.join(f'{text}<|endoftext|>' for text in rest)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+def test_fineweb_killed_and_run_again(root, tmp_path):
+    """The same files as of a run that was not killed, and what was encoded is not encoded again."""
+    texts = [f'Document {i}. {TEXT}' * (1 + i % 3) for i in range(60)]
+    files = [write_fineweb(tmp_path / f'00{i}_00000.parquet', texts[20 * i : 20 * i + 20]) for i in range(3)]
+    code = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from data import chunks
+
+chunks.CHUNK = 500
+real, count = chunks.encode_chunk, []
+
+def encode(*arguments):
+    count.append(1)
+    if len(count) > {most}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print('encoded')
+    return real(*arguments)
+
+chunks.encode_chunk = encode
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+    flags = ['--tokenizer=bytes', '--val_fraction=0.05', '--shard_tokens=4000', '--num_proc=1']
+    made = {}
+    for name, most in (('whole', 999), ('killed', 4), ('again', 999)):
+        out = tmp_path / ('set' if name != 'whole' else 'whole')
+        script = [
+            str(root / 'data/fineweb/prepare.py'),
+            *flags,
+            f'--out_dir={out}',
+            '--files',
+            *map(str, files),
+        ]
+        command = [sys.executable, '-c', code.format(root=str(root), most=most), *script]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == (-9 if name == 'killed' else 0), done.stderr
+        made[name] = done.stdout.count('encoded')
+    assert made['killed'] == 4
+    assert made['killed'] + made['again'] == made['whole'] > 10
+    assert open_data(tmp_path / 'set').fingerprint == open_data(tmp_path / 'whole').fingerprint
 
 
 def test_openwebtext_from_files(root, tmp_path, gpt2):
@@ -561,6 +657,18 @@ def test_peek(root, tmp_path):
     (tmp_path / 'set' / 'meta.json').unlink()
     shown, _ = run(root, 'peek.py', tmp_path / 'set', '--vocab_size', 300, '--tokens', 4)
     assert 'of 400\n0 1 2 0\n' in shown
+
+
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='needs smaps_rollup')
+def test_readers_share_the_token_files(root):
+    """Of 8 MB each of two processes has half of its own in PSS, and all of it in RSS."""
+    flags = ['--tokens=4000000', '--readers', 1, 2, '--batches=200']
+    shown, _ = run(root, 'bench_readers.py', *flags)
+    one, two = ([float(cell) for cell in line.split('|')[1:-1]] for line in shown.splitlines()[-2:])
+    assert (one[0], two[0]) == (1, 2)
+    assert one[1] - 8 < two[1] < one[1] + 8  # RSS
+    assert two[2] < one[2] - 2  # PSS
+    assert two[3] < one[3] + 4  # own: not the tokens
 
 
 def test_the_benchmark_runs(root, tmp_path, gpt2):

@@ -49,11 +49,7 @@ def test_no_lag_has_the_colour_of_the_own_layer_and_the_legend_has_room(draw):
 
 @pytest.mark.parametrize(
     ('argument', 'words'),
-    [
-        ('--model=x', "model='x'"),
-        ('--attention=leap', 'has no head plan'),
-        ('--n_head=7', 'n_head=7'),
-    ],
+    [('--model=x', "model='x'"), ('--attention=leap', 'no plan to draw'), ('--n_head=7', 'n_head=7')],
 )
 def test_what_cannot_be_drawn_is_one_line(draw, argument, words):
     with pytest.raises(ConfigError, match=words) as error:

@@ -486,15 +486,17 @@ def test_an_arm_of_ones_own(lab, tmp_path):
     assert lab('4', str(mine), '--arms=vanilla,mine', '--learning_rate=2e-3', '--seeds=1') == 0
     runs = {r.arm: r for r in find_runs([str(tmp_path / 'out/4-cpu')])}
     assert set(runs) == {'vanilla', 'mine'}
-    assert unlike(runs['mine'].config, runs['vanilla'].config) == [('qk_norm', True, None)]
+    assert unlike(runs['mine'].config, runs['vanilla'].config) == [('qk_norm', True, False)]
 
 
 def test_two_arms_that_are_one_model_are_told(lab, tmp_path, capsys):
     same = tmp_path / 'same.py'
-    same.write_text("attention = 'reflex'\nhead_split = '4-2-2'\n", encoding='utf-8')
-    lab('4', str(same), '--arms=vanilla,reflex_422,same', '--learning_rate=2e-3', '--seeds=1', '--jobs=3')
+    same.write_text("attention = 'layer0(4-4)'\nn_layer = 2\n", encoding='utf-8')  # lag 1 is layer 0 there
+    other = tmp_path / 'other.py'
+    other.write_text("attention = 'reflex(4-4)'\nn_layer = 2\n", encoding='utf-8')
+    lab('4', str(same), str(other), '--arms=vanilla,other,same', '--learning_rate=2e-3', '--seeds=1')
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith('caution')]
-    assert told == ['caution: same and reflex_422 are the same model, trained alike']
+    assert told == ['caution: same and other are the same model, trained alike']
 
 
 def test_status_and_mistakes(lab, tmp_path, capsys):
@@ -569,7 +571,7 @@ import experiments
 try:
     experiments.run_program(experiments.main)
 finally:
-    print('loaded:', *({'torch', 'matplotlib', 'scipy'} & set(sys.modules)), file=sys.stderr)
+    print('loaded:', *({'torch', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)), file=sys.stderr)
 """
     for argv in (['--help'], ['4', '--scale=cpu', '--jobs=0'], ['4'], ['7', '--scale=cpu']):
         done = subprocess.run(
