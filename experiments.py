@@ -281,7 +281,7 @@ class Knobs:
 
 
 @cache
-def resolve(arguments: tuple):
+def resolve(arguments: tuple) -> training.Knobs:
     """The knobs that train.py makes of its arguments; ConfigError where it would refuse them."""
     files = [str(ROOT / a) if a.endswith('.py') and not a.startswith('--') else a for a in arguments]
     knobs = configure(training.Knobs, files).knobs
@@ -298,7 +298,7 @@ class Job:
     out: Path  # train.py's out_dir
 
     @property
-    def knobs(self) -> Knobs:
+    def knobs(self) -> training.Knobs:
         return resolve(self.arguments)
 
     def __str__(self):
