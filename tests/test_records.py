@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,16 @@ def test_a_second_name_is_the_same_file_or_a_copy(tmp_path, monkeypatch):
         tmp_path / 'c'
     )
     assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c']
+
+
+def test_a_look_at_a_lock_does_not_refuse_who_takes_it(tmp_path):
+    with FolderLock(tmp_path):
+        pass
+    with open(tmp_path / files.LOCK, 'r+b') as look:
+        files._lock(look, shared=True)
+        threading.Timer(0.05, look.close).start()
+        with FolderLock(tmp_path):
+            assert look.closed and files.lock_holder(tmp_path)
 
 
 def test_who_holds_a_folder(tmp_path):
