@@ -13,8 +13,11 @@ nearly a whole one, at a cost. Only real tokens have a probability: padding ids 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ class Knobs:
     # model
     out_dir: str = 'out/quickstart'  # the folder of a run
     checkpoint: str = ''  # best.pt | last.pt | previous.pt; '' = best.pt if there is one, else last.pt
-    init_from: str = ''  # in place of a run: GPT-2-shaped weights; gpt2, owner/name or a folder
+    init_from: str = ''  # in place of a run: GPT-2-shaped or exported weights; gpt2, owner/name or a folder
     # what to predict
     dataset: str = ''  # a folder of data/, or any path; '' = what the run was trained on
     split: str = 'val'  # of the data set: train | val | test
@@ -53,16 +56,18 @@ if __name__ == '__main__':
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.files import CorpusError
 from data.sources import read_text
 from data.tokendata import eval_batch, open_data
 from data.tokenizer import from_spec
-from data.tokenizer import load as load_tokenizer
 from layers.loss import linear_cross_entropy
 from model import GPT
 from runs import pretrained
+from runs.checkpoint import write_text
 from runs.datasets import bytes_per_token, data_folder
+from runs.knobs import check_threads
 from runs.models import load_model
 from runs.system import autocast_for, pick_device, pick_dtype
 from runs.text import document_start
@@ -74,8 +79,9 @@ def load(k: Knobs, device: str):
         found = pretrained.read(k.init_from)
         model = GPT(found.config, seed=0)
         pretrained.copy_weights(model, found)
-        tokenizer = load_tokenizer(str(found.folder))
-        return model.to(device).eval(), tokenizer, document_start({'begin': tokenizer.bos}, tokenizer), ''
+        tokenizer = pretrained.tokenizer_of(found)
+        begin = tokenizer.bos if found.begin is None else found.begin
+        return model.to(device).eval(), tokenizer, document_start({'begin': begin}, tokenizer), ''
     model, state = load_model(k.out_dir, k.checkpoint, device)
     tokenizer = from_spec(state['tokenizer']) if state['tokenizer'] else None
     begin = document_start(state, tokenizer) if tokenizer else []
@@ -96,7 +102,10 @@ def loss_on(model: GPT, tokens, window: int, stride: int, batch_size: int, devic
     starts, skip = windows(len(tokens), window, stride)
     real = model.lm_head.weight[: model.config.vocab_used or None]
     total = count = 0
-    for i in range(-(-len(starts) // batch_size)):
+    batch_size = min(batch_size, len(starts))
+    batches = range(-(-len(starts) // batch_size))
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds between signs of life
+    for i in tqdm(batches, unit='batch', delay=2, mininterval=often, leave=False):
         x, y = (
             torch.from_numpy(a).to(device) for a in eval_batch(tokens, starts, skip, i, batch_size, window)
         )
@@ -148,15 +157,29 @@ def measure(
     window = min(k.window or model.config.block_size, len(tokens) - 1)
     stride = min(k.stride or window, window)
     loss = loss_on(model, tokens, window, stride, k.batch_size, device, autocast)
+    if not math.isfinite(loss):
+        raise ConfigError(f'{what}: the loss is {loss}; try --dtype=float32, or the weights are ruined')
     return {
         'data': what,
         'tokens': len(tokens) - 1,
         'window': window,
         'stride': stride,
         'loss': loss,
-        'perplexity': math.exp(loss),
+        'perplexity': math.exp(min(loss, 700)),  # the largest that a float holds
         'bits_per_byte': loss * (len(tokens) - 1) / n_bytes / math.log(2) if n_bytes else None,
     }
+
+
+def make_room(path: Path):
+    """Refuse a file that cannot be written, before hours are spent on what goes into it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, 'it is a folder')
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, 'its folder is not yours to write to')
+    except OSError as e:
+        raise ConfigError(f'save={str(path)!r} cannot be written: {e.strerror}') from None
 
 
 def main(argv: list[str]) -> int:
@@ -165,6 +188,9 @@ def main(argv: list[str]) -> int:
     for name, value in least.items():
         if getattr(k, name) < value:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least {value}')
+    check_threads(k)
+    if k.save:
+        make_room(Path(k.save))
     device = pick_device(k.device)
     dtype = pick_dtype(k.dtype, device)
     if k.threads:
@@ -172,6 +198,9 @@ def main(argv: list[str]) -> int:
     model, tokenizer, begin, dataset = load(k, device)
     if k.window > model.context_limit:
         raise ConfigError(f'window={k.window} is longer than block_size={model.config.block_size}')
+    window = k.window or model.config.block_size
+    if k.stride > window:
+        raise ConfigError(f'stride={k.stride} is longer than the window of {window}: it would skip tokens')
 
     def autocast():
         return autocast_for(device, dtype)
@@ -190,8 +219,7 @@ def main(argv: list[str]) -> int:
             + f' (window {result["window"]}, stride {result["stride"]}, {dtype})'
         )
     if k.save:
-        Path(k.save).parent.mkdir(parents=True, exist_ok=True)
-        Path(k.save).write_text(json.dumps(result, indent=1, default=str) + '\n', encoding='utf-8')
+        write_text(k.save, json.dumps(result, indent=1, default=str) + '\n')
     return 0
 
 

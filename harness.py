@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from runs.text import stream_text
+from runs.text import check_sampling, finite_logits, stream_text
 
 try:
     import lm_eval
@@ -42,9 +43,31 @@ class HarnessLM(TemplateLM):
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         return self.tok.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both together, cut where those of the context alone end, as the harness cuts them.
+
+        Where a token spans the join ('Ans' and 'wer' are one token), nothing may be left behind that cut:
+        then it is before the first token that the context alone does not have.
+        """
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            whole, alone = self.tok_encode(context + continuation), self.tok_encode(context.rstrip())
+            pairs = enumerate(zip(whole, alone, strict=False))
+            cut = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(alone)))
+            context_ids, continuation_ids = whole[:cut], whole[cut:]
+        return context_ids or self.begin, continuation_ids
+
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-        """[(_, context ids, continuation ids)] -> [(log-probability, is it what greedy decoding gives?)]."""
+        """[(_, context ids, continuation ids)] -> [(log-probability, is it what greedy decoding gives?)].
+
+        What is longer than the model reads is cut on the left: the context, then the continuation too.
+        """
+        for (context, continuation), _, ids in (r for r in requests if not r[2]):
+            raise ConfigError(
+                f'tasks: {continuation!r} after {context[-40:]!r} has no token of its own ({ids}): '
+                'there is nothing to predict'
+            )
         longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         real = self.model.lm_head.weight[: self.model.config.vocab_used or None]
         results = {}
@@ -57,12 +80,15 @@ class HarnessLM(TemplateLM):
             with self.autocast():
                 hidden = self.model.hidden(x.to(self._device))  # (B, T, n_embd)
                 for i, row, sequence in zip(batch, hidden, ids, strict=True):
-                    target = torch.tensor(requests[i][2], device=self._device)
+                    n = min(len(requests[i][2]), len(sequence) - 1)  # tokens of the continuation
+                    target = torch.tensor(sequence[-n:], device=self._device)
                     end = len(sequence) - 1
-                    logits = F.linear(row[end - len(target) : end], real)  # (tokens of the continuation, ids)
+                    logits = F.linear(row[end - n : end], real)  # (n, ids)
                     log_p = F.log_softmax(logits.float(), dim=-1)
-                    total = log_p.gather(1, target[:, None]).sum()
-                    results[i] = (total.item(), bool((log_p.argmax(dim=-1) == target).all()))
+                    total = log_p.gather(1, target[:, None]).sum().item()
+                    if not math.isfinite(total):
+                        raise ConfigError('tasks: the model gives inf or nan; try --dtype=float32')
+                    results[i] = total, bool((log_p.argmax(dim=-1) == target).all())
         return [results[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -85,16 +111,17 @@ class HarnessLM(TemplateLM):
             options.pop('do_sample', None)  # said by the temperature too
             sampling |= {name: options.pop(name) for name in sampling.keys() & options.keys()}
             if options and options != {'num_beams': 1}:
-                raise ValueError(
-                    f'generation with {options} is not offered here: the score would not be theirs'
+                raise ConfigError(
+                    f'tasks: generation with {options} is not offered here: the score would not be theirs'
                 )
             if n >= self.max_length:
-                raise ValueError(
-                    f'{n} tokens are asked for, but block_size={self.max_length}: nothing is left to read'
+                raise ConfigError(
+                    f'tasks: {n} tokens are to be made, but block_size={self.max_length}: no room to ask'
                 )
             ids = (self.tok_encode(context) or self.begin)[n - self.max_length :]
             prompt = torch.tensor([ids], device=self._device)
-            with self.autocast():
+            check_sampling(**sampling)
+            with self.autocast(), finite_logits(self.model):
                 pieces = stream_text(
                     self.model,
                     self.tok,

@@ -27,6 +27,9 @@ from layers.registry import head_plan, make_attentions
 from layers.tokens import TokenTable
 from shape import GPTShape
 
+# Beyond what anyone builds, and small enough that a mistake is told before it fills the memory
+MOST = {'n_layer': 2**12, 'n_embd': 2**20, 'mlp_hidden': 2**24, 'vocab_size': 2**28, 'block_size': 2**32}
+
 
 @dataclass(frozen=True)
 class GPTConfig(GPTShape):
@@ -40,6 +43,9 @@ class GPTConfig(GPTShape):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f'{name}={getattr(self, name)}: at most {most:,}')
         if self.n_embd % self.n_head:
             raise ValueError(
                 f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: heads would differ in size'

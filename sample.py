@@ -40,9 +40,10 @@ if __name__ == '__main__':
 import torch
 
 from data.tokenizer import from_spec
+from runs.knobs import check_seed, check_threads
 from runs.models import load_model
 from runs.system import autocast_for, pick_device, pick_dtype
-from runs.text import document_start, read_prompt, stream_text
+from runs.text import check_sampling, document_start, finite_logits, read_prompt, stream_text
 
 
 def read_stops(stop: str, tokenizer) -> tuple[int | None, list[str]]:
@@ -55,12 +56,12 @@ def read_stops(stop: str, tokenizer) -> tuple[int | None, list[str]]:
 
 def main(argv: list[str]) -> int:
     k = configure(Knobs, argv, __doc__).knobs
-    positive = {'num_samples': 1, 'max_new_tokens': 1}
-    for name, least in (positive | dict.fromkeys(('temperature', 'top_k', 'lookup'), 0)).items():
+    check_seed(k)
+    check_threads(k)
+    check_sampling(k.temperature, k.top_k, k.top_p)
+    for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'lookup': 0}.items():
         if getattr(k, name) < least:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least {least}')
-    if not 0 < k.top_p <= 1:
-        raise ConfigError(f'top_p={k.top_p}: must be above 0 and at most 1')
     text = read_prompt(k.start)
     if k.template and '{start}' not in k.template:
         raise ConfigError(f"template={k.template!r}: it must have '{{start}}', where the prompt goes")
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
         if i:
             print('\n---')
         print('' if k.template else text, end='', flush=True)
-        with autocast_for(device, dtype):
+        with autocast_for(device, dtype), finite_logits(model):
             for piece in stream_text(model, tokenizer, prompt, k.max_new_tokens, **options):
                 print(piece, end='', flush=True)
                 n += 1

@@ -17,7 +17,23 @@ import torch
 from runs import files
 
 LAST, PREVIOUS, BEST = 'last.pt', 'previous.pt', 'best.pt'
-KEYS = ('model', 'model_args', 'iter', 'config', 'tokenizer', 'data_fingerprint')  # that readers rely on
+# What a checkpoint holds: the entries that every reader relies on, and those that going on needs as well.
+TO_READ = {
+    'model': dict,
+    'model_args': dict,
+    'iter': int,
+    'config': dict,
+    'tokenizer': dict | None,
+    'data_fingerprint': str | None,
+}
+TO_RESUME = {
+    'optimizer': dict,
+    'scaler': dict,
+    'evaluated': bool,
+    'best_val_loss': float,
+    'watches': dict,
+    'seconds': float,
+}
 
 
 class CheckpointError(files.FileError):
@@ -40,6 +56,8 @@ def save(state: dict, out_dir: str | Path, best: bool = False):
                 files.link(last, last.with_name(PREVIOUS))
     except (OSError, RuntimeError) as e:
         fix = 'the checkpoint before it is whole: make room and go on with --init_from=resume'
+        if not last.parent.is_dir():
+            fix = 'if it was moved, go on where it is now with --init_from=resume'
         raise CheckpointError(f'{files.write_failed(last, e)}; {fix}') from e
 
 
@@ -104,8 +122,11 @@ class Saver:
         return copied
 
 
-def load(path: str | Path) -> dict:
-    """Read and verify one checkpoint file, onto the CPU. CheckpointError says what is wrong in one line."""
+def load(path: str | Path, resume: bool = False) -> dict:
+    """Read and verify one checkpoint file, onto the CPU. CheckpointError says what is wrong in one line.
+
+    resume: whether a training is to go on from it, which takes more than the weights.
+    """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as z:
@@ -126,27 +147,38 @@ def load(path: str | Path) -> dict:
     except Exception as e:  # a zip, but with something else in it; weights_only refuses code
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise CheckpointError(f'{path} is not a checkpoint of this project: {reason}') from None
-    missing = [key for key in KEYS if not isinstance(state, dict) or key not in state]
+    wanted = TO_READ | TO_RESUME if resume else TO_READ
+    missing = [name for name in wanted if not isinstance(state, dict) or name not in state]
     if missing:
         raise CheckpointError(f'{path} is not a checkpoint of this project: it has no {", ".join(missing)}')
+    for name, kind in wanted.items():
+        if not isinstance(state[name], kind):
+            kind = getattr(kind, '__name__', kind)
+            raise CheckpointError(
+                f'{path} is not a checkpoint of this project: its {name} is of type '
+                f'{type(state[name]).__name__}, not {kind}'
+            )
+    if state['iter'] < 0:
+        raise CheckpointError(f'{path} is not a checkpoint of this project: its iter is {state["iter"]}')
     return state
 
 
-def load_folder(out_dir: str | Path, which: str = LAST) -> dict:
+def load_folder(out_dir: str | Path, which: str = LAST, resume: bool = False) -> dict:
     """The named checkpoint of a run; the error names the other files of the folder that are whole."""
     out_dir = Path(out_dir)
     try:
-        return load(out_dir / which)
+        return load(out_dir / which, resume)
     except CheckpointError as e:
-        whole = []
+        whole = {}
         for other in (LAST, PREVIOUS, BEST):
             if other != which and (out_dir / other).exists():
                 try:
-                    whole.append(f'{out_dir / other} (iteration {load(out_dir / other)["iter"]})')
+                    whole[other] = f'{out_dir / other} (iteration {load(out_dir / other, resume)["iter"]})'
                 except CheckpointError:
                     continue
         if not whole:
             raise CheckpointError(f'{e}; no other checkpoint is in {out_dir}') from None
-        raise CheckpointError(
-            f'{e}; whole: {", ".join(whole)}: copy one to {out_dir / which} to go on from there'
-        ) from None
+        fix = f'take one with --checkpoint={next(iter(whole))}'
+        if resume:
+            fix = f'copy one to {out_dir / which} to go on from there'
+        raise CheckpointError(f'{e}; whole: {", ".join(whole.values())}: {fix}') from None

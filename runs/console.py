@@ -20,6 +20,13 @@ def say(*args):
             sys.stdout.flush()
 
 
+def warn(text: str):
+    """Print on stderr, on rank 0: for programs whose output is the text of a model."""
+    if os.environ.get('RANK', '0') == '0':
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
+
+
 class Progress:
     """A bar of all iterations on a terminal; elsewhere a line wherever metrics are logged."""
 

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runs.knobs import check_paths
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def data_folder(dataset: str) -> Path:
     """The folder of a data set: the one of that name in data/, or else the path as it is given."""
+    check_paths(dataset=dataset)
     return ROOT / 'data' / dataset if (ROOT / 'data' / dataset).is_dir() else Path(dataset)
 
 

@@ -60,12 +60,13 @@ def make_folder(path: Path):
 def write_failed(path: str | Path, e: Exception) -> str:
     """One line: what could not be written, and why."""
     path = Path(path)
+    if not path.parent.is_dir():
+        return f'{path} could not be written: its folder is gone'
     causes = [e]  # torch's writer reports a failed write as a RuntimeError, while handling the OSError
     while causes[-1].__context__ is not None:
         causes.append(causes[-1].__context__)
     code = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
-    place = next((folder for folder in path.absolute().parents if folder.is_dir()), Path.cwd())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(path.parent).free
     full = 'the disk is full' if free < 2**20 else (str(e).strip() or type(e).__name__).splitlines()[0]
     reason = {
         errno.ENOSPC: 'the disk is full',

@@ -7,6 +7,7 @@ model's config is made, so that a program can answer --help and a misspelt flag 
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +34,7 @@ class Knobs(HierarchyShape):
     log_interval: int = 10  # iterations between lines of metrics.jsonl
     sample_tokens: int = 0  # tokens of text to print when the training is done
     # start
-    init_from: str = (
-        'scratch'  # scratch | resume | auto (resume if there is a run) | gpt2, owner/name, a folder
-    )
+    init_from: str = 'scratch'  # scratch | resume | auto (resume if there is a run) | weights: a run, gpt2, …
     checkpoint_interval: int = 0  # iterations between saves; 0 = save at every evaluation
     checkpoint_minutes: float = 0.0  # save also when this many minutes have passed; 0 = off
     seed: int = 1337  # of the initial weights, the batches and the dropout, each with its own generator
@@ -83,15 +82,41 @@ class Knobs(HierarchyShape):
             raise ConfigError(str(e)) from None
 
 
+def check_paths(**paths: str):
+    """Refuse what no file system can name, before any of it is looked for. Raises ConfigError."""
+    for name, path in paths.items():
+        longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+        if longest > 255 or len(os.fsencode(path)) > 4000 or '\0' in path:
+            raise ConfigError(f'{name}={path[:40]!r}…: no file or folder can have such a name; shorten it')
+
+
+def check_seed(k):
+    """k: any knobs with a seed."""
+    if not 0 <= k.seed < 2**63:
+        raise ConfigError(f'seed={k.seed:g}: must be at least 0 and below 2**63')
+
+
+def check_threads(k):
+    """k: any knobs with threads."""
+    if not 0 <= k.threads <= 1024:
+        raise ConfigError(f'threads={k.threads:g}: from 1 to 1024, or 0 for the choice of torch')
+
+
 def check(k: Knobs):
     """Refuse what cannot work, before anything is read or built. Raises ConfigError."""
+    check_paths(init_from=k.init_from)
+    check_seed(k)
+    check_threads(k)
     positive = 'eval_interval log_interval gradient_accumulation_steps batch_size block_size'.split()
     for name in positive:
         if getattr(k, name) < 1:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least 1')
+    for name in ('n_layer', 'n_head'):
+        if getattr(k, name) > 10_000:
+            raise ConfigError(f'{name}={getattr(k, name):g}: more than 10,000 is taken for a slip')
     not_negative = (
-        'eval_iters sample_tokens checkpoint_interval checkpoint_minutes seed vocab_size max_iters '
-        'learning_rate muon_learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters threads'
+        'eval_iters sample_tokens checkpoint_interval checkpoint_minutes vocab_size max_iters learning_rate '
+        'muon_learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters'
     ).split()
     for name in not_negative:
         if getattr(k, name) < 0:

@@ -146,8 +146,9 @@ class Metrics:
 class Wandb:
     """wandb, where it is wanted and works. Whatever it raises is told once; training goes on."""
 
-    def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict):
-        self.run = None
+    def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict, run_id=None):
+        """run_id: by which wandb knows the run that this one goes on with; None for a new one."""
+        self.run, self.run_id = None, run_id
         if not on:
             return
         try:
@@ -155,8 +156,15 @@ class Wandb:
 
             os.environ.setdefault('WANDB_SILENT', 'true')
             self.run = wandb.init(
-                project=project, name=name, group=group or None, dir=str(out_dir), config=config
+                project=project,
+                name=name,
+                group=group or None,
+                dir=str(out_dir),
+                config=config,
+                id=run_id,
+                resume='allow',
             )
+            self.run_id = self.run.id
             self.run.define_metric('iter')
             self.run.define_metric('*', step_metric='iter')
         except Exception as e:
@@ -178,7 +186,8 @@ class Wandb:
         )
 
     def log(self, record: dict):
-        self._call(lambda run: run.log(record))
+        # the step is ours: a run that is resumed offline would count from 0 again
+        self._call(lambda run: run.log(record, step=record['iter']))
 
     def summary(self, record: dict):
         self._call(lambda run: run.summary.update(record))
@@ -228,6 +237,29 @@ def describe_run(k, argv, model, data, device: str, dtype: str, world: int) -> d
     }
 
 
+def headline(run: dict, model, resume_iter: int | None, done: bool) -> str:
+    """What a run says first. run: see describe_run; done: whether it has no step left to make."""
+    k, device = run['config'], run['device']
+    said = (
+        f'{k["out_dir"]}: {model.summary()}; {run["tokens_per_step"]:,} tokens per step; {device["type"]} '
+        f'{device["dtype"]}, {device["ranks"]} rank{"s" * (device["ranks"] > 1)}'
+    )
+    if resume_iter is not None:
+        said += f'; from iteration {resume_iter}'
+    if done:
+        said += f'\nall {k["max_iters"]} iterations of this run are done: a higher --max_iters goes on'
+    return said
+
+
+def wandb_id(out_dir: Path) -> str | None:
+    """By which id wandb knows the run in the folder; None where its run.json does not say one."""
+    try:
+        found = json.loads((out_dir / RUN).read_text(encoding='utf-8')).get('wandb_id')
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 class Speed:
     """Tokens per second, and the share of the device's peak FLOP/s, since it was read last."""
 
@@ -249,18 +281,24 @@ class Record:
     """The record of a run in all its places: metrics.jsonl, run.json and wandb. Where `on` is false (on other
     ranks than the first, or where a run is only evaluated) nothing is written."""
 
-    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None):
+    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None, events: list = ()):
         """run: see describe_run; resume_iter: of the checkpoint that the run goes on from, or None: then what
-        the folder holds is deleted."""
+        the folder holds is deleted; events: to record at once."""
         self.on = on
         if on:
             out_dir = Path(k.out_dir)
             for name in RUN_FILES if resume_iter is None else ():
                 (out_dir / name).unlink(missing_ok=True)
             files.remove_stale(out_dir)
+            run_id = None if resume_iter is None else wandb_id(out_dir)
             self.metrics = Metrics(out_dir, run, resume_iter)
             name = k.wandb_run_name or out_dir.name
-            self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run)
+            self.wandb = Wandb(k.wandb_log, k.wandb_project, name, k.wandb_group, out_dir, run, run_id)
+            if self.wandb.run_id:
+                self.metrics.update(wandb_id=self.wandb.run_id)
+
+            for event in events:
+                self.event(event)
 
     def log(self, values: dict, seconds: float):
         """A line of metrics, everywhere. values: 'iter' and more; seconds: of training so far."""

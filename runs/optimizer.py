@@ -24,6 +24,26 @@ def make_optimizer(model, k, device_type: str):
     return Together(Muon(matrices, lr, k.weight_decay, lr_ratio=ratio, sizes=sizes), adamw)
 
 
+def load_state(optimizer, saved: dict):
+    """Give the optimizer the state that one of the same kind and parameters had; rates, decay and betas stay
+    those of the knobs as they are now. ValueError where the state is not of these parameters."""
+    groups = optimizer.state_dict()['param_groups']
+    try:
+        optimizer.load_state_dict({**saved, 'param_groups': groups})
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f'the state of the optimizer has another form ({type(e).__name__}: {e})') from None
+    for part in getattr(optimizer, 'optimizers', [optimizer]):
+        params = [p for group in part.param_groups for p in group['params']]
+        if part.state and len(part.state) != len(params):
+            raise ValueError(f'the optimizer has a state of {len(part.state)} tensors, not of {len(params)}')
+        for p, state in part.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
+                    raise ValueError(
+                        f'{name} of the optimizer is {list(value.shape)} where a weight is {list(p.shape)}'
+                    )
+
+
 def hidden_matrices(model) -> list[nn.Parameter]:
     """The weights of linear layers inside the blocks; the head is left out, tied or not."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
@@ -40,7 +60,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal before it is applied (Jordan et al., 2024), with decoupled decay.
 
     Updates have the root mean square of AdamW's, 0.2 (Liu et al., 2025), so that learning rates compare.
-    torch.optim.Muon computes the same in bf16, which takes 14 times as long on a CPU without it (SPEED.md).
+    torch.optim.Muon computes the same in bf16: 14 times as long on a CPU without it (docs/speed.md).
 
     sizes: for each parameter None, or the row counts of the matrices that it consists of: each of those is
     orthogonalised by itself. As one matrix, how much of the update queries and keys get would depend on how

@@ -1,6 +1,9 @@
-"""Start from a GPT-2-shaped Hugging Face checkpoint: what fits is copied, and a table says what did not.
+"""Start from weights that are there: what fits is copied, and a table says what did not.
+
+They are a GPT-2-shaped Hugging Face checkpoint, a run of this project, or what hf.py has made of one.
 
     model, rows = from_pretrained('gpt2')  # computes what the original computes
+    model, rows = from_pretrained('out/vanilla', block_size=512)  # the run's best checkpoint
     model, rows = from_pretrained('ai-forever/rugpt3large_based_on_gpt2', n_layer=6, n_head=8,
                                   attention='reflex_all', norm='rmsnorm', mlp='swiglu')  # what fits
     print(copy_table(rows))
@@ -12,16 +15,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, from_dict
 from data.tokenizer import HF_FILES, TokenizerError, from_spec
 from data.tokenizer import load as load_tokenizer
 from model import GPT, GPTConfig, HeadLinear
+from runs.checkpoint import BEST, LAST
+from runs.knobs import check_paths
+from runs.models import load_model
 
 ACTIVATIONS = {  # of a config.json -> mlp
     'gelu_new': 'gelu_tanh',
@@ -34,7 +40,7 @@ WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # the first that is there 
 
 
 class PretrainedError(UserError):
-    """A checkpoint that cannot be used, in one line: what, why, and the mend."""
+    """A checkpoint that cannot be used, in one line: what, why, and the fix."""
 
 
 class Pretrained(NamedTuple):
@@ -42,6 +48,8 @@ class Pretrained(NamedTuple):
     folder: Path  # where its files are
     config: GPTConfig  # of the model that computes what the checkpoint computes
     weights: dict[str, torch.Tensor]  # by this project's names and orientation, as stored (maybe fp16)
+    tokenizer: dict | None = None  # its spec, where the checkpoint of a run has it
+    begin: int | None = None  # the token that a document begins after, likewise
 
 
 @dataclass(frozen=True)
@@ -68,16 +76,18 @@ def from_pretrained(source: str | Path, seed: int | None = None, **overrides) ->
 
 
 def read(source: str | Path) -> Pretrained:
-    """Read a checkpoint's config.json and weights from a folder, or from the hub through its local cache."""
+    """Read a checkpoint: that of a run, by its folder or its file; or config.json and weights, from a folder
+    or from the hub through its local cache."""
+    check_paths(init_from=str(source))
     folder = Path(source).expanduser()
+    if folder.suffix == '.pt' or any((folder / name).exists() for name in (BEST, LAST)):
+        return _read_run(str(source), folder)
     folder = folder if folder.is_dir() else _download(str(source))
-    config = _config(folder)
-    weights = {}
-    for name, tensor in _tensors(folder).items():
-        name = name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}'
-        if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks, once saved as buffers
-            weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor  # Conv1D keeps (in, out)
-    head = weights.pop('lm_head.weight', None)
+    found = _json_object(folder / 'config.json')
+    if found.get('model_type') == 'reflex':
+        config, weights = _read_exported(folder, found)
+    else:
+        config, weights = _read_gpt2(folder, found)
     with torch.device('meta'):
         wanted = GPT(config, seed=0).named_parameters()
     for name, parameter in wanted:
@@ -85,21 +95,57 @@ def read(source: str | Path) -> Pretrained:
         if found is None or found.shape != parameter.shape:
             what = 'is missing' if found is None else f'is {_size(found.shape)}, not {_size(parameter.shape)}'
             raise PretrainedError(f'{folder}: {name} {what}: the weights are not those of its config.json')
-    if head is not None and not torch.equal(head, weights['transformer.wte.weight']):
-        raise PretrainedError(f'{folder}: lm_head is not tied to wte; the models here tie them')
     return Pretrained(str(source), folder, config, weights)
+
+
+def _read_run(source: str, path: Path) -> Pretrained:
+    """Of a run of this project: the best checkpoint of its folder, or the file that path is."""
+    model, state = load_model(path.parent, str(path)) if path.suffix == '.pt' else load_model(path)
+    if not isinstance(model, GPT):
+        raise PretrainedError(f'{path} holds a {type(model).__name__}: no GPT starts from its weights')
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Pretrained(source, path, model.config, weights, state['tokenizer'], state.get('begin'))
+
+
+def _read_exported(folder: Path, found: dict) -> tuple[GPTConfig, dict]:
+    """What hf.py exports: a GPTConfig by its names, weights by their names behind 'gpt.'."""
+    names = {f.name for f in fields(GPTConfig)}
+    path = folder / 'config.json'
+    try:
+        config = from_dict(GPTConfig, {name: found[name] for name in names & found.keys()}, path)
+    except ValueError as error:
+        raise PretrainedError(f'{path}: {error}') from None
+    weights = {name.removeprefix('gpt.'): tensor for name, tensor in _tensors(folder).items()}
+    weights.pop('_extra_state', None)  # what the layers compute, which the config says
+    weights.pop('lm_head.weight', None)  # the table of tokens once more
+    return config, weights
+
+
+def _read_gpt2(folder: Path, found: dict) -> tuple[GPTConfig, dict]:
+    config, weights = _gpt2_config(folder / 'config.json', found), {}
+    for name, tensor in _tensors(folder).items():
+        name = name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}'
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):  # causal masks, once saved as buffers
+            weights[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor  # Conv1D keeps (in, out)
+    head, table = weights.pop('lm_head.weight', None), weights.get('transformer.wte.weight')
+    if head is not None and table is not None and not torch.equal(head, table):
+        raise PretrainedError(f'{folder}: lm_head is not tied to wte; the models here tie them')
+    return config, weights
 
 
 def copy_weights(model: GPT, checkpoint: Pretrained, other_tokens: str = '') -> list[Row]:
     """Copy every tensor of the checkpoint that fits into the model, in place; the rest stay as they are.
 
-    Fits: the same name and shape; heads that the model does not produce are left out, layers past its last
-    too; of the token and position tables the rows that both have. other_tokens: why the checkpoint's token
-    ids mean other text than the model's ('' if they do not): the token table then stays as it is.
+    A tensor fits that has the same name and shape. Of queries, keys and values those heads are copied that
+    both have, of the token and position tables those rows; layers past the model's last are left out.
+    other_tokens: why the checkpoint's token ids mean other text than the model's ('' if they do not): the
+    token table then stays as it is.
     Raises PretrainedError where not one matrix of the layers fits.
     """
     c, was = model.config, checkpoint.config
     modules = dict(model.named_modules())
+    with torch.device('meta'):
+        theirs = dict(GPT(was, seed=0).named_modules())
     left = dict(checkpoint.weights)
     rows = []
     for name, parameter in model.named_parameters():
@@ -108,8 +154,10 @@ def copy_weights(model: GPT, checkpoint: Pretrained, other_tokens: str = '') -> 
         if source is None:
             rows.append(Row(name, shape, None, 'initialised: not in the checkpoint'))
             continue
-        module = modules[name.rpartition('.')[0]]
-        picked, how = _fitting(name, source, parameter, module, c.head_size, other_tokens)
+        if name == 'transformer.wte.weight' and other_tokens:
+            rows.append(Row(name, shape, tuple(source.shape), f'initialised: {other_tokens}'))
+            continue
+        place, picked, how = _fitting(name, source, parameter, modules, theirs, c.head_size)
         if picked is None:
             rows.append(Row(name, shape, tuple(source.shape), how))
             continue
@@ -122,7 +170,7 @@ def copy_weights(model: GPT, checkpoint: Pretrained, other_tokens: str = '') -> 
         }
         how += ''.join(f', {a} as {b}' for part, (a, b) in changes.items() if part in name and a != b)
         with torch.no_grad():
-            parameter[: len(picked)].copy_(picked)
+            parameter[place] = picked.to(parameter.dtype)
         rows.append(Row(name, shape, tuple(source.shape), how, picked.numel()))
     if not any(row.copied for row in rows if '.h.' in row.name and len(row.shape) > 1):
         raise PretrainedError(
@@ -142,24 +190,38 @@ def copy_weights(model: GPT, checkpoint: Pretrained, other_tokens: str = '') -> 
     return rows
 
 
-def _fitting(name, source, parameter, module, head_size, other_tokens):
-    """The part of source that belongs into the first rows of parameter, or None; and the table's words."""
-    if name == 'transformer.wte.weight' and other_tokens:
-        return None, f'initialised: {other_tokens}'
+def _fitting(name, source, parameter, modules, theirs, head_size):
+    """(where in the parameter, what of the source belongs there, the table's words); None, None where nothing
+    does. modules, theirs: of the model and of the checkpoint's model, by name."""
     if (
         name in ('transformer.wte.weight', 'transformer.wpe.weight')
         and source.shape[1:] == parameter.shape[1:]
     ):
         n = min(len(source), len(parameter))
-        return source[:n], _rows_copied(n, len(source), len(parameter))
-    how = 'copied'
+        return slice(n), source[:n], _rows_copied(n, len(source), len(parameter))
     if '.attn.c_attn.' in name:
-        if not isinstance(module, HeadLinear):
-            return None, 'initialised: this attention projects to something else'
-        if len(source) == module.rows_full:
-            dropped = (len(source) - len(module.rows)) // head_size
-            source, how = source[module.rows], f'copied but for {dropped} dead heads' if dropped else how
-    return (source, how) if source.shape == parameter.shape else (None, 'initialised: another shape')
+        module, their = (by_name[name.rpartition('.')[0]] for by_name in (modules, theirs))
+        attention, their_attention = (type(m[name.rpartition('.c_attn.')[0]]) for m in (modules, theirs))
+        planned = isinstance(module, HeadLinear) and isinstance(their, HeadLinear)
+        if not planned and attention is not their_attention:
+            return None, None, 'initialised: this attention projects to something else'
+        if planned and module.rows_full == their.rows_full and source.shape[1:] == parameter.shape[1:]:
+            return _heads(source, module.rows, their.rows, head_size)
+    if source.shape == parameter.shape:
+        return ..., source, 'copied'
+    return None, None, 'initialised: another shape'
+
+
+def _heads(source, rows: list[int], their_rows: list[int], head_size: int):
+    """As _fitting, for projections to some of all heads. rows, their_rows: which of all rows they have."""
+    at = {row: i for i, row in enumerate(their_rows)}
+    place = [i for i, row in enumerate(rows) if row in at]
+    if not place:
+        return None, None, 'initialised: the checkpoint has none of these heads'
+    dead, fresh = ((len(r) - len(place)) // head_size for r in (their_rows, rows))
+    how = 'copied' + (f' but for {dead} dead heads' if dead else '')
+    how += f', {fresh} heads initialised that the checkpoint does not have' if fresh else ''
+    return place, source[[at[rows[i]] for i in place]], how
 
 
 def begin_with(model: GPT, source: Pretrained, data) -> str:
@@ -172,15 +234,20 @@ def begin_with(model: GPT, source: Pretrained, data) -> str:
 def other_tokens(data, source: Pretrained) -> str:
     """'' if the data's token ids mean what they mean to the checkpoint; else the reason to think not."""
     if data.tokenizer_spec is None:  # plain .bin: the number of ids is all that is known
-        sizes = data.vocab_size, source.config.vocab_size
+        sizes = data.vocab_size, source.config.vocab_used or source.config.vocab_size
         return '' if sizes[0] == sizes[1] else 'the data has {} token ids, the checkpoint {}'.format(*sizes)
-    return token_difference(from_spec(data.tokenizer_spec), source.folder)
+    return token_difference(from_spec(data.tokenizer_spec), source)
 
 
-def token_difference(tokenizer, folder: str | Path) -> str:
+def tokenizer_of(source: Pretrained):
+    """The checkpoint's tokenizer, from itself or from the files beside it. Raises TokenizerError."""
+    return from_spec(source.tokenizer) if source.tokenizer else load_tokenizer(str(source.folder))
+
+
+def token_difference(tokenizer, source: Pretrained) -> str:
     """'' if every id of `tokenizer` means the same text to the checkpoint's tokenizer; else the reason."""
     try:
-        theirs = load_tokenizer(str(folder))
+        theirs = tokenizer_of(source)
     except TokenizerError as error:
         return f'the tokenizer of the checkpoint is not known ({error})'
     return difference(tokenizer, theirs)
@@ -244,25 +311,29 @@ def _rows_copied(n: int, of: int, into: int) -> str:
     return f'the first {n} rows copied, {rest}'
 
 
-def _config(folder: Path) -> GPTConfig:
-    """The GPTConfig that computes what the folder's config.json describes; refuses what no GPT here does."""
-    path = folder / 'config.json'
+def _json_object(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise PretrainedError(f'{path} cannot be read ({error}): give a folder with a checkpoint') from None
     if not isinstance(found, dict):
         raise PretrainedError(f'{path} holds no object but a {type(found).__name__}')
+    return found
+
+
+def _gpt2_config(path: Path, found: dict) -> GPTConfig:
+    """The GPTConfig that computes what a config.json describes; refuses what no GPT here does."""
     if found.get('model_type') != 'gpt2':
         raise PretrainedError(
-            f"{path} is of model_type {found.get('model_type')!r}: only 'gpt2' checkpoints have these tensors"
+            f"{path} is of model_type {found.get('model_type')!r}: only 'gpt2' and 'reflex' checkpoints have "
+            'these tensors'
         )
     sizes = {key: found.get(key, default) for key, default in _GPT2_DEFAULTS.items()}
     for key in ('n_positions', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
         if type(sizes[key]) is not int:
             raise PretrainedError(f'{path} has {key}={sizes[key]!r}: that is no size')
     known = {
-        'activation_function': ACTIVATIONS,
+        'activation_function': tuple(ACTIVATIONS),
         'layer_norm_epsilon': (1e-5,),
         'scale_attn_weights': (True,),
         'scale_attn_by_inverse_layer_idx': (False,),
@@ -275,15 +346,18 @@ def _config(folder: Path) -> GPTConfig:
             raise PretrainedError(
                 f'{path} has {key}={sizes[key]!r}: only {", ".join(map(repr, values))} is known'
             )
-    return GPTConfig(
-        block_size=sizes['n_positions'],
-        vocab_size=sizes['vocab_size'],
-        n_layer=sizes['n_layer'],
-        n_head=sizes['n_head'],
-        n_embd=sizes['n_embd'],
-        bias=True,
-        mlp=ACTIVATIONS[sizes['activation_function']],
-    )
+    try:
+        return GPTConfig(
+            block_size=sizes['n_positions'],
+            vocab_size=sizes['vocab_size'],
+            n_layer=sizes['n_layer'],
+            n_head=sizes['n_head'],
+            n_embd=sizes['n_embd'],
+            bias=True,
+            mlp=ACTIVATIONS[sizes['activation_function']],
+        )
+    except ValueError as error:
+        raise PretrainedError(f'{path}: {error}') from None
 
 
 _GPT2_DEFAULTS = {  # what a config.json that leaves a key out means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -22,6 +23,10 @@ import torch.distributed as dist
 from configurator import ConfigError, UserError
 from runs.checkpoint import LAST
 from runs.knobs import Knobs
+
+# What asks a run to stop: a terminal, a queue that preempts it (Slurm sends what --signal names, often USR1),
+# a limit on processor time.
+STOPPING = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU')
 
 
 class TrainingError(UserError):
@@ -102,9 +107,9 @@ class StopRequest:
     def catch_signals(self):
         """From here on; before the loop they end the process as usual."""
         if threading.current_thread() is threading.main_thread():
-            for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):  # Windows has no SIGHUP, nohup wants it ignored
-                number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            for name in STOPPING:
+                number = getattr(signal, name, None)  # Windows has not all of them
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     self.before[number] = signal.signal(number, self._on_signal)
 
     def release_signals(self):
@@ -130,6 +135,7 @@ def run_rank(main, argv: list[str]):
 
     As configurator.run_program, but the process ends at once, and what all ranks raise alike is said once.
     """
+    faulthandler.enable()  # a fault of memory leaves a trace: token files that are cut short raise SIGBUS
     rank = os.environ.get('RANK', '0')
     try:
         leave(main(argv))
@@ -139,9 +145,22 @@ def run_rank(main, argv: list[str]):
         leave(2)
     except KeyboardInterrupt:
         leave(130)
-    except Exception:
+    except Exception as e:
+        if out_of_memory(e):
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            print(f'train.py: the memory is used up ({reason}): {SMALLER}', file=sys.stderr)
+            leave(2)
         traceback.print_exc()
         leave(1)
+
+
+SMALLER = 'take a smaller batch_size and more gradient_accumulation_steps, or a smaller model'
+
+
+def out_of_memory(e: Exception) -> bool:
+    """Whether e says that memory could not be had; torch has no class of its own for that of a CPU."""
+    of_the_cpu = isinstance(e, RuntimeError) and 'DefaultCPUAllocator' in str(e)
+    return of_the_cpu or isinstance(e, (MemoryError, torch.OutOfMemoryError))
 
 
 def leave(status: int):

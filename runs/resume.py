@@ -1,18 +1,25 @@
-"""What a checkpoint holds, and how a run goes on from it."""
+"""What a checkpoint holds, when it is made, and how a run goes on from it."""
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import ConfigError
+from data.tokendata import DataError, eval_starts
 from model import GPTConfig
+from runs.checkpoint import LAST, CheckpointError, Saver
 from runs.console import say
-from runs.diagnostics import SpikeWatch
+from runs.diagnostics import SpikeWatch, finite
 from runs.knobs import Knobs, saved_knobs
 from runs.metrics import RUN
-from runs.models import MODELS, kind_of
+from runs.models import MODELS, kind_of, load_weights
+from runs.optimizer import load_state
+from runs.ranks import TrainingError
+from runs.schedule import learning_rate_at
 from runs.step import TrainingStep
 
 
@@ -35,20 +42,93 @@ def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, wa
     }
 
 
-def restore(state: dict, step: TrainingStep, watches: dict) -> tuple[int, bool, float, float]:
-    """Put a checkpoint's state in place -> it, evaluated, best_val_loss, seconds. Empties state, which main
-    still holds: its copy of the weights is not needed any more."""
-    step.model.load_state_dict(state['model'])
-    groups = step.optimizer.state_dict()['param_groups']  # of the knobs as they are now
-    step.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
-    if state['scaler']:  # the run may have come from a device that needs none
-        step.scaler.load_state_dict(state['scaler'])
-    for name in watches:
-        watches[name] = SpikeWatch(**state['watches'][name])
-    evaluated = state['evaluated'] and not step.k.eval_only
-    found = state['iter'], evaluated, state['best_val_loss'], state['seconds']
+class Keeper:
+    """Saves a training when it is time to, and only where it is sound: finite weights, which have seen the
+    tokens that the run began with."""
+
+    def __init__(self, step: TrainingStep, data, saver: Saver, last: int | None):
+        """last: the iteration of the checkpoint that the run goes on from, or None."""
+        self.step, self.data, self.saver, self.last = step, data, saver, last
+        self.time = time.monotonic()
+
+    def due(self, it: int, fresh: bool, end: bool) -> bool:
+        """Whether to save after `it` steps. fresh: they were evaluated just now; end: the run ends here, or a
+        part of it does."""
+        k = self.step.k
+        if k.eval_only:
+            return False  # an evaluation leaves the run as it is
+        if fresh and (it > 0 or end):
+            return True
+        interval = it and k.checkpoint_interval and it % k.checkpoint_interval == 0
+        minutes = k.checkpoint_minutes and time.monotonic() - self.time > 60 * k.checkpoint_minutes
+        return bool(interval or minutes or end) and it != self.last
+
+    def save(self, it: int, evaluated: bool, best_val_loss: float, seconds: float, watches: dict, best: bool):
+        """best: the validation loss is the lowest so far."""
+        self.refuse_other_tokens()
+        if not finite(self.step.model):
+            what = 'the last update made weights inf or nan; they were not saved'
+            raise TrainingError(f'iteration {it}: {what}. {self.go_back()}')
+        if self.step.group.main:
+            self.saver.save(
+                snapshot(self.step, self.data, it, evaluated, best_val_loss, seconds, watches), best
+            )
+        self.last, self.time = it, time.monotonic()
+
+    def refuse_other_tokens(self):
+        if what := self.data.changed():
+            raise DataError(
+                f'{what}: the steps since the last save may be of other tokens. {self._where()}; put the '
+                'file back and go on with --init_from=resume, or start another run'
+            )
+
+    def go_back(self) -> str:
+        """What to do after a failure of the training itself."""
+        return f'{self._where()}; a lower learning_rate or a longer warm-up is the usual fix'
+
+    def _where(self) -> str:
+        path = Path(self.step.k.out_dir) / LAST
+        return 'Nothing was saved yet' if self.last is None else f'{path} is of iteration {self.last}'
+
+
+def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, bool, float, float, list]:
+    """Put a checkpoint's state in place -> it, evaluated, best_val_loss, seconds, and events to record.
+
+    Empties state, which main still holds: its copy of the weights is not needed any more. CheckpointError
+    where it does not fit the model.
+    """
+    k, path = step.k, Path(step.k.out_dir) / LAST
+    load_weights(step.model, state['model'], path)
+    try:
+        load_state(step.optimizer, state['optimizer'])
+        if state['scaler']:  # the run may have come from a device that needs none
+            step.scaler.load_state_dict(state['scaler'])
+        for name in watches:
+            watches[name] = SpikeWatch(**state['watches'][name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        reason = f'{type(e).__name__}: {e}'.splitlines()[0]
+        raise CheckpointError(f'{path} is whole, but a training cannot go on from it: {reason}') from None
+    it, best_val_loss, seconds = state['iter'], state['best_val_loss'], state['seconds']
+    evaluated = state['evaluated'] and not k.eval_only
+    then, events = saved_knobs(state['config'], path), []
+    before, planned, now = (learning_rate_at(*a) for a in ((it - 1, then), (it, then), (it, k)))
+    if it > 0 and now != planned:
+        say(f'resume: the learning rate is {now:.3g} from here on; the last step had {before:.3g}')
+    windows, windows_before = (n_windows(data, knobs) for knobs in (k, then))
+    if windows != windows_before and (it < k.max_iters or not evaluated):
+        best_val_loss = math.inf
+        events = [{'iter': it, 'event': 'eval_changed', 'windows': windows, 'windows_before': windows_before}]
+        say(
+            f'resume: the loss is now measured on {windows:,} windows of val, before on {windows_before:,}: '
+            'the two do not compare, so best.pt and the best loss start anew'
+        )
     state.clear()
-    return found
+    return it, evaluated, best_val_loss, seconds, events
+
+
+def n_windows(data, k: Knobs) -> int:
+    """Windows of val in an evaluation; as many are always the same ones."""
+    return len(eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)[0])
 
 
 def resume_knobs(k: Knobs, given: dict) -> Knobs:
@@ -74,10 +154,15 @@ def resume_knobs(k: Knobs, given: dict) -> Knobs:
 
 
 def refuse_other_run(state: dict, data, k: Knobs, config: GPTConfig):
-    """A checkpoint goes on only with the tokens, the tokenizer, the architecture and the optimizer it had."""
+    """A checkpoint goes on with the tokens, the tokenizer, the architecture and the optimizer that it had."""
+    if state['iter'] > k.max_iters:
+        raise ConfigError(
+            f'max_iters={k.max_iters}, but the checkpoint in {k.out_dir} is of iteration {state["iter"]}: '
+            'give at least as many, or start another run in another --out_dir'
+        )
     tokenizer = data.tokenizer_spec and data.tokenizer_spec['fingerprint']
     found = {'data set': data.fingerprint, 'tokenizer': tokenizer}
-    wanted = state['data_fingerprint'], state['tokenizer'] and state['tokenizer']['fingerprint']
+    wanted = state['data_fingerprint'], state['tokenizer'] and state['tokenizer'].get('fingerprint')
     for (what, now), then in zip(found.items(), wanted, strict=True):
         if now != then:
             raise ConfigError(
@@ -92,5 +177,6 @@ def refuse_other_run(state: dict, data, k: Knobs, config: GPTConfig):
         if now != then and name != 'dropout':
             raise ConfigError(
                 f'{name}={now!r}, but the checkpoint in {k.out_dir} was trained with {name}={then!r}: '
-                'take that, or start another run in another --out_dir'
+                'take that, or start another run in another --out_dir, maybe from these weights '
+                f'(--init_from={k.out_dir})'
             )

@@ -19,3 +19,17 @@ def learning_rate_at(it: int, k: Knobs) -> float:
     progress = (it - k.warmup_iters) / (end - k.warmup_iters)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if k.lr_schedule == 'cosine' else 1 - progress
     return k.min_lr + left * (k.learning_rate - k.min_lr)
+
+
+def doubts(k: Knobs) -> list[str]:
+    """What a schedule is hardly meant to be: a warm-up that leaves no time for the rate itself."""
+    last = min(k.lr_decay_iters or k.max_iters, k.max_iters) - 1  # before the decay is at its end
+    if not k.decay_lr or last < 0 or k.warmup_iters <= last:
+        return []
+    highest = learning_rate_at(last, k)
+    if highest > 0.9 * k.learning_rate:
+        return []
+    return [
+        f'warmup_iters={k.warmup_iters:g} leaves no time: the learning rate comes to {highest:.3g} in '
+        f'{last + 1} iterations, and never to learning_rate={k.learning_rate:g}'
+    ]

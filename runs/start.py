@@ -1,4 +1,4 @@
-"""How a run begins: what is asked for, and what its folder holds."""
+"""How a run begins: what is asked for, what its folder holds, and what it needs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import ConfigError, configure
+from data.tokendata import open_data
 from model import GPTConfig
-from runs import metrics
+from runs import checkpoint, metrics, pretrained
+from runs.datasets import data_folder, prepare_stdlib
 from runs.files import FolderLock
-from runs.knobs import STARTS, Knobs, check, check_model
+from runs.knobs import STARTS, Knobs, check, check_model, check_paths, model_config
 from runs.ranks import Ranks
-from runs.resume import resume_knobs
+from runs.resume import refuse_other_run, resume_knobs
 
 ARCHITECTURE = {f.name for f in fields(GPTConfig)} - {'vocab_size', 'vocab_used', 'dropout'}
 
@@ -35,6 +37,7 @@ def read_knobs(argv: list[str], doc: str) -> Start:
     if not k.out_dir:
         names = [f.stem for f in files] or ['default']
         k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
+    check_paths(out_dir=k.out_dir)
     out_dir = Path(k.out_dir)
     there = run_files(out_dir)
     saved = any(name.endswith('.pt') for name in there)
@@ -73,7 +76,7 @@ def describe_run(out_dir: Path) -> str:
         last = metrics.read_jsonl(out_dir / metrics.METRICS)[-1]['iter']
         kind = 'a finished' if run['status'] == 'finished' else 'an unfinished'
         return f'{kind} run ({last} of {run["config"]["max_iters"]} iterations)'
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return 'a run'
 
 
@@ -87,6 +90,29 @@ def claimed(out_dir: Path, there: list[str], group: Ranks):
         if there != run_files(out_dir):
             raise ConfigError(f'{out_dir}: another run has been at work here just now; start again')
         yield
+
+
+def open_all(k: Knobs, given: dict, resume: bool, group: Ranks) -> tuple:
+    """What the run begins with -> k, data, config, state, source.
+
+    The knobs, with the architecture of the weights that they name; the data set; the model's config; the
+    checkpoint to go on from, or None; pretrained weights, or None.
+    """
+    state, source = None, None
+    if resume:
+        state = checkpoint.load_folder(k.out_dir, resume=True)
+    elif k.init_from not in STARTS:
+        source = pretrained.read(k.init_from)
+        k = pretrained_knobs(k, given, source.config)
+    folder = data_folder(k.dataset)
+    if group.main:
+        prepare_stdlib(folder)
+    data = open_data(folder, k.block_size, k.vocab_size or None, verify=group.main)
+    vocab_size = -(-data.vocab_size // 64) * 64  # a multiple of 64 is faster; padding is never sampled
+    config = model_config(k, vocab_size, data.vocab_size)
+    if state is not None and group.main:
+        refuse_other_run(state, data, k, config)
+    return k, data, config, state, source
 
 
 def pretrained_knobs(k: Knobs, given: dict, found: GPTConfig) -> Knobs:

@@ -11,6 +11,7 @@ import sys
 import torch
 
 from configurator import ConfigError
+from runs.console import warn
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> str:
@@ -35,11 +36,28 @@ def pick_dtype(wanted: str, device: str) -> str:
     if wanted == 'auto':
         if device.startswith('cuda'):
             return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        native = device == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-        return 'bfloat16' if native else 'float32'
+        return 'bfloat16' if device == 'cpu' and cpu_has_bf16() else 'float32'
     if wanted == 'float16' and not device.startswith('cuda'):
         raise ConfigError(f"dtype='float16' needs CUDA, the device is {device}: use bfloat16 or float32")
+    if wanted == 'bfloat16' and device == 'cpu' and not cpu_has_bf16():
+        warn(
+            'warning: dtype=bfloat16, but this processor has no instructions for it: it takes about 3 times '
+            'as long as float32'
+        )
     return wanted
+
+
+def cpu_has_bf16() -> bool:
+    return getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+
+
+def total_memory(device: str) -> int | None:
+    """Bytes of memory that the device has; None where that is not known."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_properties(device).total_memory
+    if device == 'cpu' and hasattr(os, 'sysconf'):
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return None
 
 
 def set_up(k, local_rank: int) -> tuple[str, str]:

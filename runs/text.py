@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,28 @@ import torch
 
 from configurator import ConfigError
 from data.tokenizer import from_spec
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float):
+    """Refuse options of GPT.stream from which no token can be drawn. Raises ConfigError."""
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:
+        raise ConfigError(f'temperature={temperature:g}: at least 1e-6, or 0 for always the likeliest token')
+    if (top_k or 0) < 0:
+        raise ConfigError(f'top_k={top_k}: must be at least 0')
+    if not 0 < top_p <= 1:
+        raise ConfigError(f'top_p={top_p}: must be above 0 and at most 1')
+
+
+@contextlib.contextmanager
+def finite_logits(model):
+    """Inside, logits that are inf or nan are a ConfigError: a token that is drawn from them means nothing."""
+
+    def look(head, inputs, logits):
+        if not torch.isfinite(logits).all():
+            raise ConfigError('the model gives logits that are inf or nan; try --dtype=float32')
+
+    with model.lm_head.register_forward_hook(look):
+        yield
 
 
 def stream_text(
@@ -48,7 +72,7 @@ def read_prompt(start: str) -> str:
         return start
     path = Path(start[len('FILE:') :])
     try:
-        return path.read_text(encoding='utf-8')
+        return path.read_text(encoding='utf-8-sig')  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f'start={start!r}: {path} cannot be read as UTF-8 text ({e})') from None
 
@@ -66,6 +90,7 @@ def print_sample(model, data, max_new_tokens: int, seed: int, device: str):
     start = document_start({'begin': data.meta.get('begin')}, tokenizer) or [0]
     prompt = torch.tensor([start], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    for piece in stream_text(model, tokenizer, prompt, max_new_tokens, top_k=50, generator=generator):
-        print(piece, end='', flush=True)
+    with finite_logits(model):
+        for piece in stream_text(model, tokenizer, prompt, max_new_tokens, top_k=50, generator=generator):
+            print(piece, end='', flush=True)
     print()

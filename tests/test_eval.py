@@ -172,6 +172,62 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path):
         program.main([f'--out_dir={plain}', '--tasks=any'])
 
 
+def test_an_evaluation_that_says_nothing_is_refused(tmp_path, monkeypatch):
+    """Losses that are no numbers, windows that skip tokens, a result that cannot be written."""
+    run = save_run(tmp_path / 'run', random_gpt(TINY), Bytes())
+    (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
+    options = [f'--out_dir={run}', f'--text={tmp_path / "text.txt"}', '--dtype=float32']
+
+    def message(*more):
+        with pytest.raises(ConfigError) as e:
+            program.main([*options, *more])
+        assert '\n' not in str(e.value)
+        return str(e.value)
+
+    assert message('--stride=33') == 'stride=33 is longer than the window of 32: it would skip tokens'
+    assert 'stride=9 is longer than the window of 8' in message('--window=8', '--stride=9')
+    assert message(f'--save={tmp_path}').endswith('cannot be written: it is a folder')
+    assert 'cannot be written: ' in message(f'--save={tmp_path / "text.txt" / "r.json"}')
+    assert 'threads=5000: from 1 to 1024' in message('--threads=5000')
+    (tmp_path / 'short.txt').write_text('short', encoding='utf-8')  # one window, whatever the stride
+    assert program.main([*options, f'--text={tmp_path / "short.txt"}', '--stride=32']) == 0
+    monkeypatch.setattr(program, 'loss_on', lambda *args: math.nan)
+    assert 'text.txt: the loss is nan; try --dtype=float32' in message()
+
+
+def test_a_loss_beyond_all_perplexity_is_a_number(tmp_path, monkeypatch, capsys):
+    run = save_run(tmp_path / 'run', random_gpt(TINY), Bytes())
+    (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
+    monkeypatch.setattr(program, 'loss_on', lambda *args: 5000.0)
+    options = [f'--out_dir={run}', f'--text={tmp_path / "text.txt"}', f'--save={tmp_path / "r.json"}']
+    assert program.main(options) == 0
+    assert json.loads((tmp_path / 'r.json').read_text(encoding='utf-8'))['perplexity'] > 1e300
+
+
+def test_a_long_evaluation_shows_that_it_lives(monkeypatch, capsys):
+    shown = []
+
+    class Bar:
+        def __init__(self, batches, **options):
+            shown.append((len(batches), options['delay'], options['mininterval']))
+            self.batches = batches
+
+        def __iter__(self):
+            return iter(self.batches)
+
+    monkeypatch.setattr(program, 'tqdm', Bar)
+    tokens = np.arange(200) % 257
+    program.loss_on(random_gpt(TINY), tokens, 16, 16, 3, 'cpu', torch.no_grad)
+    assert shown == [(5, 2, 30)]  # 13 windows; a line in 30 s where there is no terminal
+
+
+def test_a_batch_is_no_larger_than_the_windows_there_are():
+    model, tokens = random_gpt(TINY), np.arange(100) % 257
+    few = program.loss_on(model, tokens, 16, 16, 3, 'cpu', torch.no_grad)
+    one = program.loss_on(model, tokens, 16, 16, 10**12, 'cpu', torch.no_grad)
+    assert one == pytest.approx(few, rel=1e-6)
+
+
 def test_perplexity_of_a_gpt2_checkpoint(gpt2_folder, tmp_path):
     transformers = pytest.importorskip('transformers')
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
@@ -317,6 +373,83 @@ def test_the_harness_agrees_with_its_own_hflm(tasks, tmp_path, monkeypatch, caps
     assert saved['choice']['acc,none'] == wanted['results']['choice']['acc,none']
     with pytest.raises(ConfigError, match='the harness knows no nothing; add include_path'):
         program.main([*options, '--tasks=choice,nothing'])
+
+
+class Words:
+    """A tokenizer whose tokens do not end where a question ends: 'Ans' + 'wer' is one token, 'Answer'."""
+
+    eot, vocab = 0, ['', 'Answer', 'Ans', ' world', ' wor', 'hello', 'A', '::', ':', ' yes', ' ']
+
+    def encode(self, text):
+        ids = []
+        while text:
+            best = max((w for w in self.vocab[1:] if text.startswith(w)), key=len)
+            ids, text = [*ids, self.vocab.index(best)], text[len(best) :]
+        return ids
+
+
+@pytest.fixture
+def words():
+    """The harness's view of a model of such tokens, with a context of 8."""
+    pytest.importorskip('lm_eval')
+    import contextlib
+
+    from harness import HarnessLM
+
+    model = random_gpt(replace(TINY, block_size=8, vocab_size=64, vocab_used=11))
+    return HarnessLM(model, Words(), [Words.eot], 4, 'cpu', contextlib.nullcontext)
+
+
+def likelihoods(lm, pairs):
+    from lm_eval.api.instance import Instance
+
+    kind = 'loglikelihood'
+    return lm.loglikelihood([Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
+
+
+@torch.no_grad()
+def log_probability(model, ids, n):
+    """Of the last n of ids, each after all before it."""
+    logits = model(torch.tensor([ids[:-1]]))[0][0, -n:, : model.config.vocab_used]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[-n:])[:, None]).sum().item()
+
+
+@pytest.mark.parametrize(
+    'context, continuation, before, scored',
+    [
+        ('Ans', 'wer', [], ['Answer']),  # one token spans the join: nothing is left of the context
+        ('hello wor', 'ld', ['hello'], [' world']),
+        ('A:', ':', ['A'], ['::']),
+        ('hello', ' world', ['hello'], [' world']),  # no token spans it
+        ('hello wor', 'ld yes', ['hello', ' wor'], [' yes']),  # cut as the harness cuts it
+        ('hello ', 'world', ['hello'], [' world']),  # the space goes to the continuation
+        (' ', 'yes', [], [' yes']),
+    ],
+)
+def test_a_token_that_spans_the_join_is_scored(words, context, continuation, before, scored):
+    """Else nothing is, and such an answer, of probability 1, is always the best one."""
+    ((found, _),) = likelihoods(words, [(context, continuation)])
+    ids = [[Words.vocab.index(w) for w in part] for part in (before, scored)]
+    wanted = log_probability(words.model, (ids[0] or [Words.eot]) + ids[1], len(ids[1]))
+    assert found == pytest.approx(wanted, abs=1e-4) and found < -0.1
+
+
+def test_a_continuation_longer_than_the_context_is_cut_on_the_left(words):
+    """What is left is scored as far as the model can read; the other questions are not lost."""
+    long = [('A', ' yes' * 7), ('A', ' yes' * 8), ('A', ' yes' * 20), ('A', ' yes')]
+    found = [log_p for log_p, _ in likelihoods(words, long)]
+    a, yes = Words.vocab.index('A'), Words.vocab.index(' yes')
+    wanted = [([a] + [yes] * 7, 7), ([a] + [yes] * 8, 8), ([yes] * 9, 8), ([a, yes], 1)]
+    assert found == pytest.approx([log_probability(words.model, *w) for w in wanted], abs=1e-4)
+
+
+def test_what_the_harness_cannot_score_is_one_line(words):
+    with pytest.raises(ConfigError, match=r"tasks: '' after 'hello' has no token of its own"):
+        likelihoods(words, [('hello', ' yes'), ('hello', '')])
+    with torch.no_grad():
+        words.model.transformer.ln_f.weight.fill_(math.nan)
+    with pytest.raises(ConfigError, match='tasks: the model gives inf or nan'):
+        likelihoods(words, [('hello', ' yes')])
 
 
 def test_without_the_harness_one_line_says_what_to_install(root, tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
+from configurator import ConfigError, UserError
 from data.tokenizer import GPT2_URL, Bytes, Chars, Tiktoken, load
 from model import GPT, GPTConfig
 from runs.pretrained import (
@@ -203,7 +205,7 @@ def test_the_published_size_fares_as_the_readme_says(root):
         model = GPT(GPTConfig(**settings, vocab_size=50304, vocab_used=50257), seed=0)
     checkpoint = Pretrained('large', root, replace(large, mlp='gelu_tanh'), weights)
     table = copy_table(copy_weights(model, checkpoint)).splitlines()
-    readme = (root / 'README.md').read_text(encoding='utf-8')
+    readme = (root / 'docs/transformers.md').read_text(encoding='utf-8')
     shown = [line for line in table if line in readme]
     assert len(shown) == 6 and shown[-1].startswith('128,176,512 of 241,544,064 parameters copied')
 
@@ -218,13 +220,19 @@ def test_a_model_of_another_width_is_refused(gpt2_folder):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        ({'model_type': 'llama'}, "is of model_type 'llama': only 'gpt2'"),
+        ({'model_type': 'llama'}, "is of model_type 'llama': only 'gpt2' and 'reflex'"),
+        ({'model_type': ['gpt2']}, r"is of model_type \['gpt2'\]: only"),
         ({'activation_function': 'relu'}, "activation_function='relu': only 'gelu_new'"),
         ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon=1e-06'),
         ({'n_inner': 100}, 'n_inner=100: only None, 384'),
         ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx=True'),
         ({'n_layer': 25}, r'transformer.h.24.ln_1.weight is missing'),
         ({'n_positions': 128}, r'transformer.wpe.weight is 64 x 96, not 128 x 96'),
+        ({'n_head': 7}, 'config.json: n_embd=96 is not a multiple of n_head=7'),
+        ({'n_layer': 0}, 'config.json: n_layer=0: must be at least 1'),
+        ({'n_embd': -96, 'n_inner': None}, 'config.json: n_embd=-96: must be at least 1'),
+        ({'activation_function': ['gelu']}, r"activation_function=\['gelu'\]: only 'gelu_new'"),
+        ({'n_inner': {}}, r'n_inner=\{\}: only None, 384'),
     ],
     ids=str,
 )
@@ -305,14 +313,13 @@ def test_a_name_on_the_hub_is_read_through_its_cache(gpt2_folder, tmp_path, root
 
 
 def test_tokens_must_mean_the_same(gpt2_folder):
-    assert token_difference(load(str(gpt2_folder)), gpt2_folder) == ''
-    assert token_difference(Bytes(), gpt2_folder).startswith('token 0 is ')
-    assert (
-        token_difference(Chars('abc'), gpt2_folder)
-        == "token 0 is 'a' in the data and '<pad>' in the checkpoint"
-    )
-    assert 'the tokenizer of the checkpoint is not known' in token_difference(Bytes(), gpt2_folder / 'none')
     checkpoint = read(gpt2_folder)
+    assert token_difference(load(str(gpt2_folder)), checkpoint) == ''
+    assert token_difference(Bytes(), checkpoint).startswith('token 0 is ')
+    other = "token 0 is 'a' in the data and '<pad>' in the checkpoint"
+    assert token_difference(Chars('abc'), checkpoint) == other
+    nowhere = checkpoint._replace(folder=gpt2_folder / 'none')
+    assert 'the tokenizer of the checkpoint is not known' in token_difference(Bytes(), nowhere)
     model = GPT(replace(checkpoint.config, n_layer=1), seed=0)
     start = model.transformer.wte.weight.clone()
     rows = copy_weights(model, checkpoint, other_tokens='token 0 is another')
@@ -330,4 +337,112 @@ def test_gpt2s_two_tokenizers_are_the_same_tokens(shared, tmp_path, monkeypatch)
         digest = hashlib.sha1(f'{GPT2_URL}{source}'.encode()).hexdigest()
         shutil.copyfile(cache / digest, tmp_path / name)
     gpt2 = Tiktoken('gpt2')
-    assert gpt2.vocab_size == 50257 and token_difference(gpt2, tmp_path) == ''
+    assert gpt2.vocab_size == 50257 and token_difference(gpt2, Pretrained('', tmp_path, None, {})) == ''
+
+
+# ---- a run of this project, and what hf.py exports of one
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run of `reflex` 2-1-1, its data set, and its folder as hf.py exports it."""
+    import hf
+    from runs.models import load_model
+
+    folder = tmp_path_factory.mktemp('trained')
+    data = tiny.write_tokens(folder / 'tokens')
+    tiny.start(folder / 'run', data, n_layer=3, max_iters=10)
+    model, _ = load_model(folder / 'run')
+    hf.export(model, Bytes(), folder / 'exported')
+    return folder
+
+
+@pytest.mark.parametrize('what', ['run', 'run/best.pt', 'exported'])
+def test_a_run_is_weights_to_start_from(trained, what):
+    """The same computes the same; the tokenizer is known, of a run from the checkpoint itself."""
+    from runs.models import load_model
+
+    theirs, _ = load_model(trained / 'run')
+    found = read(trained / what)
+    model, rows = from_pretrained(trained / what)
+    x = ids(2, 16) % 257
+    with torch.no_grad():
+        wanted, same = theirs(x)[0][..., :257], model.eval()(x)[0][..., :257]
+    torch.testing.assert_close(same, wanted, rtol=1e-5, atol=1e-6)
+    assert {row.how for row in rows} == {'copied'}
+    assert found.config.attention == 'reflex(2-2)' and token_difference(Bytes(), found) == ''
+
+
+def test_heads_that_the_run_does_not_have_are_initialised(trained):
+    """From 2-1-1 to a plan that produces all of them: what both have is copied, head by head."""
+    source = read(trained / 'run')
+    changed = {'attention': 'vanilla', 'block_size': 8, 'norm': 'rmsnorm'}
+    model, rows = from_pretrained(trained / 'run', seed=5, **changed)
+    fresh, plans = GPT(model.config, seed=5), (source.config.head_plan(), model.config.head_plan())
+    for l, (block, new) in enumerate(zip(model.transformer.h, fresh.transformer.h, strict=True)):
+        theirs = source.weights[f'transformer.h.{l}.attn.c_attn.weight'].split(8)
+        have, want = (
+            [*range(4), *(4 + h for h in plan.keys[l]), *(8 + h for h in plan.values[l])] for plan in plans
+        )
+        own = new.attn.c_attn.weight.split(8)
+        wanted = [theirs[have.index(h)] if h in have else own[i] for i, h in enumerate(want)]
+        assert torch.equal(block.attn.c_attn.weight, torch.cat(wanted))
+    how = {row.name: row.how for row in rows}
+    missing = [len({*b} - {*a}) for a, b in zip(plans[0].keys, plans[1].keys, strict=True)]
+    assert max(missing) > 0
+    for l, n in enumerate(missing):
+        text = how[f'transformer.h.{l}.attn.c_attn.weight']
+        assert (f', {2 * n} heads initialised that the checkpoint does not have' in text) == (n > 0), text
+    assert how['transformer.wpe.weight'] == 'the first 8 rows copied, the other 8 left out'
+    assert how['transformer.h.0.ln_1.weight'] == 'copied, layernorm as rmsnorm'
+
+
+def test_train_starts_from_the_weights_of_a_run(trained, tmp_path, capsys):
+    """In another folder, with another context, plan and type; the table says what became of each tensor."""
+    import train
+
+    argv = tiny.flags(tmp_path / 'run', dataset=trained / 'tokens', init_from=trained / 'run', **tiny.TINY)
+    of_the_run = ('--n_layer', '--n_head', '--n_embd', '--attention', '--head_split')
+    argv = [a for a in argv if not a.startswith(of_the_run)]
+    changed = ['--block_size=8', '--attention=reflex_all', '--dtype=bfloat16', '--max_iters=2']
+    assert train.main([*argv, *changed]) == 0
+    said = capsys.readouterr().out
+    assert f'from {trained / "run"}:' in said and 'reflex_all, 3 layers, 4 heads, 32 wide' in said
+    assert 'wpe.weight' in said and 'the first 8 rows copied, the other 8 left out' in said
+    first = next(r for r in tiny.lines(tmp_path / 'run') if 'val/loss' in r)
+    assert first['val/loss'] < 5  # not the log(257) = 5.55 of a fresh model
+    again = tiny.flags(tmp_path / 'run', init_from=trained / 'run', dataset=trained / 'tokens')
+    with pytest.raises(ConfigError, match='holds a finished run'):
+        train.main(again)
+
+
+def test_what_cannot_be_started_from_is_one_line(trained, tmp_path):
+    from runs.checkpoint import CheckpointError
+
+    with pytest.raises(CheckpointError, match=r'nowhere\.pt does not exist'):
+        read(tmp_path / 'nowhere.pt')
+    tiny.start(tmp_path / 'deep', trained / 'tokens', **DEEP)
+    with pytest.raises(PretrainedError, match='deep holds a Hierarchy: no GPT starts from its weights'):
+        read(tmp_path / 'deep')
+    exported = shutil.copytree(trained / 'exported', tmp_path / 'exported')
+    for change, line in {
+        'bias': (True, 'transformer.h.0.ln_1.bias is missing'),
+        'n_head': (5, 'config.json: n_embd=32 is not a multiple of n_head=5'),
+        'attention': (7, 'config.json sets attention to 7, but attention wants text'),
+        'model_type': ('reflex_hierarchy', "is of model_type 'reflex_hierarchy'"),
+    }.items():
+        config = json.loads((trained / 'exported' / 'config.json').read_text(encoding='utf-8'))
+        config[change], line = line
+        (exported / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+        with pytest.raises(UserError, match=line):
+            read(exported)
+
+
+DEEP = {
+    'model': 'hierarchy',
+    'groups': 4,
+    'latents': '2',
+    'widths': '16-32',
+    'max_iters': 1,
+    'attention': 'vanilla',
+}

@@ -3,10 +3,13 @@
 import errno
 import io
 import json
+import math
 import os
 import re
 import signal
+import sys
 import threading
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +17,21 @@ import pytest
 import torch
 
 import kill_runs
+import runs.start
 import runs.step
 import sample
 import tiny
 import train
-from configurator import ConfigError
+from configurator import ConfigError, UserError
 from data.tokendata import DataError, open_data
 from data.tokenizer import Chars, TokenizerError
-from runs import checkpoint, files, metrics, system
+from runs import checkpoint, files, metrics, ranks, system
 from runs.checkpoint import BEST, LAST, PREVIOUS, CheckpointError
-from runs.diagnostics import SpikeWatch
+from runs.diagnostics import FACTORS, SpikeWatch
 from runs.files import FileError
 from runs.models import load_model
 from runs.pretrained import PretrainedError
+from runs.records import read_pack
 from tiny import assert_same_run, flags, happening, kill_me, lines, resume, start, status, write_tokens
 
 
@@ -52,7 +57,7 @@ def test_n_steps_and_n_more_are_2n_steps(tmp_path, data, straight):
     assert_same_run(straight, tmp_path)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize('number', [getattr(signal, name) for name in ranks.STOPPING], ids=lambda n: n.name)
 def test_a_signal_saves_after_the_step_in_hand(tmp_path, data, straight, number, capsys, request):
     if signal.getsignal(number) is signal.SIG_IGN:  # the tests run under nohup, which a run would respect
         request.addfinalizer(partial(signal.signal, number, signal.SIG_IGN))
@@ -180,6 +185,56 @@ def test_another_architecture_tokenizer_or_data_set_is_refused(
         resume(straight, **knobs)
     assert str(error.value).startswith(line.format(out=straight)) and '\n' not in str(error.value)
     assert status(straight) == 'finished'
+
+
+def test_fewer_iterations_than_are_done_are_refused(tmp_path, data):
+    """Else run.json would say "5 steps" beside the loss of step 12."""
+    start(tmp_path, data)
+    before = {name: (tmp_path / name).read_bytes() for name in (LAST, metrics.RUN, metrics.METRICS)}
+    with pytest.raises(ConfigError, match=r'max_iters=11, but the checkpoint in .* is of iteration 12: give'):
+        resume(tmp_path, max_iters=11)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert resume(tmp_path, max_iters=12) == 0
+
+
+@pytest.mark.parametrize('knobs, windows', [({'eval_iters': 3}, 6), ({'batch_size': 4}, 8)], ids=str)
+def test_another_validation_set_starts_the_best_loss_anew(tmp_path, data, knobs, windows, capsys):
+    start(tmp_path, data, max_iters=10)
+    state = checkpoint.load(tmp_path / LAST)
+    state['best_val_loss'] = 0.5  # which the windows of before had, and none will reach
+    torch.save(state, tmp_path / LAST)
+    resume(tmp_path, max_iters=15, **knobs)
+    assert f'measured on {windows} windows of val, before on 4:' in capsys.readouterr().out
+    events = [r for r in lines(tmp_path) if r.get('event') == 'eval_changed']
+    changed = {'iter': 10, 'event': 'eval_changed', 'windows': windows, 'windows_before': 4}
+    assert events == [changed] and lines(tmp_path).index(changed) > lines(tmp_path).index(
+        next(r for r in lines(tmp_path) if r['iter'] == 10 and 'val/loss' in r)
+    )
+    loss = next(r['val/loss'] for r in lines(tmp_path) if r['iter'] == 15 and 'val/loss' in r)
+    assert checkpoint.load(tmp_path / BEST)['iter'] == 15
+    assert checkpoint.load(tmp_path / LAST)['best_val_loss'] == loss
+
+
+def test_the_same_windows_in_other_batches_are_the_same_validation_set(tmp_path, data, capsys):
+    start(tmp_path, data, max_iters=10)
+    best = checkpoint.load(tmp_path / LAST)['best_val_loss']
+    resume(tmp_path, max_iters=11, eval_iters=1, batch_size=4, eval_interval=100)
+    assert checkpoint.load(tmp_path / LAST)['best_val_loss'] <= best
+    resume(tmp_path, eval_iters=3)  # nothing is left to do, and nothing changes
+    assert 'measured on' not in capsys.readouterr().out
+    assert not [r for r in lines(tmp_path) if 'event' in r]
+
+
+def test_a_rate_that_jumps_where_a_run_goes_on_is_told(tmp_path, data, capsys):
+    """A schedule that was at its end begins to fall from higher up where more iterations are asked for."""
+    start(tmp_path, data, max_iters=10, min_lr=1e-4)
+    resume(tmp_path, max_iters=14)
+    rates = {r['iter']: r['lr'] for r in lines(tmp_path) if 'lr' in r}
+    assert rates[10] < 6e-4 and rates[11] > 2e-3  # of steps 9 and 10
+    told = f'resume: the learning rate is {rates[11]:.3g} from here on; the last step had {rates[10]:.3g}'
+    assert told in capsys.readouterr().out
+    resume(tmp_path, max_iters=15, lr_decay_iters=14)
+    assert 'the learning rate is' not in capsys.readouterr().out  # it is what it would have been
 
 
 def test_the_checkpoint_does_not_choose_what_is_read(tmp_path, data, straight):
@@ -448,6 +503,18 @@ def test_a_file_size_limit_leaves_the_checkpoint(tmp_path, data):
     assert checkpoint.load(out / LAST)['iter'] == 5 and not list(out.glob('*.tmp-*'))
 
 
+def test_a_folder_that_is_moved_away_is_one_line_and_goes_on_where_it_is(tmp_path, data, straight):
+    out, moved = tmp_path / 'run', tmp_path / 'moved'
+    with happening(7, lambda: out.rename(moved)), pytest.raises(CheckpointError) as error:
+        start(out, data)
+    assert str(error.value) == (
+        f'{out / LAST} could not be written: its folder is gone; if it was moved, go on where it is now with '
+        '--init_from=resume'
+    )
+    resume(moved)
+    assert_same_run(straight, moved)
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
 def test_metrics_on_a_full_disk_say_so(tmp_path):
     log = metrics.Metrics(tmp_path, {})
@@ -592,6 +659,85 @@ def test_a_damaged_checkpoint_is_one_line_with_the_file_to_fall_back_on(tmp_path
     assert '\n' not in str(error.value)
 
 
+def _edited(straight, tmp_path, edit) -> Path:
+    """A copy of the straight run whose last checkpoint is edited; there is no other one."""
+    state = checkpoint.load(straight / LAST)
+    edit(state)
+    for name in (metrics.RUN, metrics.METRICS):
+        (tmp_path / name).write_bytes((straight / name).read_bytes())
+    torch.save(state, tmp_path / LAST)
+    return tmp_path
+
+
+WEIGHT = 'transformer.h.1.mlp.c_fc.weight'
+
+
+@pytest.mark.parametrize(
+    'edit, line',
+    [
+        (lambda s: s.update(iter=-3), 'its iter is -3'),
+        (lambda s: s.update(iter='12'), 'its iter is of type str, not int'),
+        (lambda s: s.update(config=['model']), 'its config is of type list, not dict'),
+        (lambda s: s.pop('model_args'), 'it has no model_args'),
+        (lambda s: s['model'].pop(WEIGHT), f'{WEIGHT} is not in the checkpoint'),
+        (lambda s: s['model'].update(extra=torch.zeros(3)), 'extra is not in the model'),
+        (
+            lambda s: s['model'].update({WEIGHT: torch.zeros(128, 31)}),
+            f'{WEIGHT} is 128 x 31, and 128 x 32 is',
+        ),
+        (
+            lambda s: s['model'].update({WEIGHT: torch.zeros(128, 32).int()}),
+            'is of type torch.int32, and 128',
+        ),
+        (lambda s: s['model'].update({WEIGHT: 'zeros'}), f'{WEIGHT} is of type str, and 128 x 32 is needed'),
+        (lambda s: s['model'][WEIGHT].fill_(math.nan), 'holds weights that are inf or nan'),
+        (lambda s: s['model'].update(_extra_state='another'), 'another attention plan or kind of block'),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, straight, edit, line):
+    """For train.py and for whoever reads the model: sample.py, eval.py, hf.py, explain.py."""
+    out = _edited(straight, tmp_path, edit)
+    for read in (lambda: resume(out, max_iters=13), lambda: load_model(out)):
+        with pytest.raises(CheckpointError) as error:
+            read()
+        assert str(error.value).startswith(str(out / LAST)) and line in str(error.value)
+        assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'edit, line',
+    [
+        (lambda s: s.pop('optimizer'), 'it has no optimizer'),
+        (lambda s: s.update(seconds=None), 'its seconds is of type NoneType, not float'),
+        (lambda s: s.update(optimizer={}), 'the state of the optimizer has another form'),
+        (lambda s: s['optimizer']['state'].pop(3), 'the optimizer has a state of 14 tensors, not of 15'),
+        (
+            lambda s: s['optimizer']['state'][1].update(exp_avg=torch.zeros(3, 3)),
+            'exp_avg of the optimizer is [3, 3] where a weight is [',
+        ),
+        (lambda s: s['watches'].pop('loss'), "a training cannot go on from it: KeyError: 'loss'"),
+        (lambda s: s['watches'].update(loss={'recent': 'x'}), 'a training cannot go on from it: TypeError'),
+        (lambda s: s.update(config={'n_layer': 'two'}), "last.pt sets n_layer to 'two'"),
+    ],
+)
+def test_a_checkpoint_that_no_training_goes_on_from_is_one_line(tmp_path, straight, edit, line):
+    out = _edited(straight, tmp_path, edit)
+    with pytest.raises(UserError) as error:
+        resume(out, max_iters=13)
+    assert line in str(error.value) and str(out / LAST) in str(error.value) and '\n' not in str(error.value)
+    load_model(out)  # its weights can be read
+
+
+def test_a_model_of_another_kind_is_one_line(tmp_path, straight):
+    for change in ({'n_head': 5}, {'n_layer': 'two'}, {'attention': None}, {'of the future': 1}):
+        out = _edited(straight, tmp_path, lambda s, change=change: s['model_args'].update(change))
+        with pytest.raises(CheckpointError, match=r'last\.pt does not fit this version of the models: '):
+            load_model(out)
+    out = _edited(straight, tmp_path, lambda s: s['config'].update(model='mamba'))
+    with pytest.raises(CheckpointError, match="of the models: 'mamba'"):
+        load_model(out)
+
+
 class Malice:
     def __reduce__(self):
         return os.putenv, ('OWNED_BY_A_CHECKPOINT', '1')
@@ -708,11 +854,65 @@ def test_a_spike_stands_out_of_noise_and_a_lasting_change_becomes_usual():
     random = torch.Generator().manual_seed(0)
     noise = (3 + 0.1 * torch.randn(2000, generator=random)).tolist()
     watch = SpikeWatch()
-    assert [watch.look(v) for v in noise] == [None] * 2000
-    assert watch.look(4.0) == pytest.approx(3, abs=0.05) and watch.look(4.0) is None
-    assert watch.look(float('inf')) is None
-    told = [watch.look(v + 2) for v in noise[:300]]
+    assert [watch.look(v, 1.1) for v in noise] == [None] * 2000
+    assert watch.look(4.0, 1.1) == pytest.approx(3, abs=0.05) and watch.look(4.0, 1.1) is None
+    assert watch.look(float('inf'), 1.1) is None
+    told = [watch.look(v + 2, 1.1) for v in noise[:300]]
     assert [t is not None for t in told].count(True) <= 1 and not watch.high
+
+
+def kept_runs(root):
+    """(folder, run.json, lines of metrics.jsonl) of every run in results/."""
+    studies = sorted((root / 'results').glob('*.jsonl'))
+    return [(r.folder, r.run, r.metrics) for study in studies for r in read_pack(study)]
+
+
+def test_what_is_told_of_recorded_runs_is_unusual(root):
+    """On the curves of results/, at every tenth step: next to nothing stands out after the warm-up, but a
+    value that is put in does."""
+    told, curves, found = [], 0, {(name, part): 0 for name in FACTORS for part in (0.8, 1.5)}
+    for path, run, lines_kept in kept_runs(root):
+        config, records = run['config'], [r for r in lines_kept if 'loss' in r]
+        if len(records) < 40:
+            continue
+        curves += 1
+        for name, factor in FACTORS.items():
+            watch = SpikeWatch()
+            for r in records:
+                if r[name] is not None and watch.look(r[name], factor) and r['iter'] > config['warmup_iters']:
+                    told.append((path, name, r['iter']))
+            before = asdict(watch)
+            for part in (0.8, 1.5):
+                usual = sorted(watch.recent[-20:])[10]
+                found[name, part] += watch.look(part * factor * usual, factor) is not None
+                watch = SpikeWatch(**before)
+    assert curves > 100 and len(told) < 0.03 * curves
+    assert all(found[name, 1.5] == curves and found[name, 0.8] < 0.03 * curves for name in FACTORS), found
+
+
+def test_few_of_the_spikes_that_were_recorded_are_told_now(root):
+    """Their value and what was usual are in metrics.jsonl; gradients several times as large did no harm."""
+    spikes, told = 0, []
+    for path, run, lines_kept in kept_runs(root):
+        config = run['config']
+        for r in lines_kept:
+            if r.get('event') == 'spike':
+                spikes += 1
+                if r['iter'] > config['warmup_iters'] and r['value'] > FACTORS[r['what']] * r['usual']:
+                    told.append(path)
+    assert spikes > 1000 and len(told) < 50 and len(set(told)) < 30
+
+
+def test_nothing_is_told_during_the_warm_up(tmp_path, data, monkeypatch):
+    real = runs.step.get_batch
+
+    def get_batch(tokens, seed, step, *args):
+        x, y = real(tokens, seed, step, *args)
+        return (x, (y + 31) % 64) if step in (30, 36) else (x, y)
+
+    monkeypatch.setattr(runs.step, 'get_batch', get_batch)
+    start(tmp_path, data, max_iters=40, eval_interval=100, learning_rate=5e-2, warmup_iters=33)
+    assert {r['iter'] for r in lines(tmp_path) if r.get('event') == 'spike'} == {37}
 
 
 # ---- wandb
@@ -721,12 +921,14 @@ def test_a_spike_stands_out_of_noise_and_a_lasting_change_becomes_usual():
 class FakeWandb:
     """Stands in for the module: raises in the call named `broken`, or hangs in finish."""
 
-    def __init__(self, broken):
-        self.broken, self.calls, self.summary = broken, [], self
+    def __init__(self, broken, run_id='abc'):
+        self.broken, self.calls, self.summary, self.id = broken, [], self, run_id
+        self.arguments = []  # of the calls
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
             self.calls.append(name)
+            self.arguments.append((args, kwargs))
             if name == self.broken:
                 raise ConnectionError(f'{name}: no route to host\nsecond line')
             return self
@@ -737,7 +939,7 @@ class FakeWandb:
 @pytest.mark.parametrize('broken', ['init', 'define_metric', 'log', 'update', 'finish', None])
 def test_wandb_that_fails_is_a_warning(tmp_path, data, straight, broken, monkeypatch, capsys):
     fake = FakeWandb(broken)
-    monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
     assert start(tmp_path, data, wandb_log=True) == 0
     assert_same_run(straight, tmp_path)
     warnings = [line for line in capsys.readouterr().out.splitlines() if 'warning' in line]
@@ -750,11 +952,51 @@ def test_wandb_that_fails_is_a_warning(tmp_path, data, straight, broken, monkeyp
         ]
 
 
+def test_a_preempted_run_is_one_run_to_wandb(tmp_path, data, monkeypatch):
+    """By its id, which run.json keeps, and with steps that are ours: offline, its own begin at 0 again. Also
+    where a part of the run went without it."""
+    first, second = FakeWandb(None), FakeWandb(None, run_id='a new one, were it asked for one')
+
+    def begin(fake):
+        monkeypatch.setitem(sys.modules, 'wandb', fake)
+        monkeypatch.setattr(fake, 'init', lambda **given: fake.arguments.append(given) or fake, raising=False)
+
+    begin(first)
+    with happening(6, partial(kill_me, signal.SIGTERM)):
+        start(tmp_path, data, wandb_log=True)
+    with happening(8, partial(kill_me, signal.SIGTERM)):
+        resume(tmp_path, wandb_log=False)
+    begin(second)
+    second.id = 'abc'  # as wandb has it: the id that was asked for
+    resume(tmp_path, wandb_log=True)
+    inits = [given for fake in (first, second) for given in fake.arguments if isinstance(given, dict)]
+    assert [given['id'] for given in inits] == [None, 'abc'] and inits[1]['resume'] == 'allow'
+    assert json.loads((tmp_path / metrics.RUN).read_text(encoding='utf-8'))['wandb_id'] == 'abc'
+    logged = [given for given in (*first.arguments, *second.arguments) if isinstance(given, tuple)]
+    steps = [(args[0]['iter'], kwargs['step']) for args, kwargs in logged if 'step' in kwargs]
+    assert all(it == step for it, step in steps)
+    assert [step for _, step in steps] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 10, 10, 11, 12, 12]
+    begin(first)
+    start(tmp_path, data, wandb_log=True, overwrite=True)  # another run
+    assert [given['id'] for given in first.arguments if isinstance(given, dict)] == [None, None]
+
+
+def test_wandb_itself_knows_a_resumed_run_by_its_id(tmp_path, data, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    with happening(6, partial(kill_me, signal.SIGTERM)):
+        start(tmp_path, data, wandb_log=True)
+    resume(tmp_path)
+    run_id = json.loads((tmp_path / metrics.RUN).read_text(encoding='utf-8'))['wandb_id']
+    names = [path.name for path in (tmp_path / 'wandb').glob('offline-run-*')]
+    assert len(names) == 2 and all(name.endswith(f'-{run_id}') for name in names)
+
+
 def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch, capsys):
     never = threading.Event()
     fake = FakeWandb(None)
     fake.finish = lambda exit_code: never.wait(60)
-    monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
     monkeypatch.setattr(metrics, 'WANDB_SECONDS', 0.01)
     assert start(tmp_path, data, wandb_log=True) == 0
     never.set()
@@ -782,6 +1024,10 @@ def test_wandb_that_hangs_at_the_end_is_left_behind(tmp_path, data, monkeypatch,
         ({'beta2': 1}, 'beta2=1.0: must be in [0, 1)'),
         ({'dist_timeout': 0}, 'dist_timeout=0.0: must be positive'),
         ({'dropout': 1}, 'dropout=1.0: must be in [0, 1)'),
+        ({'threads': 5e9}, 'threads=5e+09: from 1 to 1024, or 0 for the choice of torch'),
+        ({'seed': 1e30}, 'seed=1e+30: must be at least 0 and below 2**63'),
+        ({'out_dir': '/tmp/' + 300 * 'x'}, "out_dir='/tmp/xxx"),
+        ({'init_from': 300 * 'x'}, "init_from='xxx"),
         ({'init_from': 'resume'}, 'holds no run to resume: start one with --init_from=scratch (the default)'),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
@@ -790,11 +1036,97 @@ def test_what_cannot_work_is_refused_before_anything_is_built(tmp_path, data, kn
     if knobs.get('device') == 'cuda' and torch.cuda.is_available():
         pytest.skip('CUDA is here')
     monkeypatch.setattr(train, 'build', None)
-    monkeypatch.setattr(train, 'open_data', None)
+    monkeypatch.setattr(runs.start, 'open_data', None)
     with pytest.raises(ConfigError) as error:
-        start(tmp_path / 'run', data, **knobs)
+        start(**{'out_dir': tmp_path / 'run', 'data': data, **knobs})
     assert line in str(error.value) and '\n' not in str(error.value)
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'knobs, line',
+    [
+        (
+            {'n_embd': 2**18},
+            r'parameters \(n_layer=2, n_embd=262144\) take at least [\d,]+ GiB, but cpu has',
+        ),
+        ({'n_embd': 2**62}, r'n_embd=4611686018427387904: at most 1,048,576'),
+        (
+            {'batch_size': 10**12},
+            r'batch_size=10{12} sequences of block_size=16 tokens take at least [\d,]+ GiB',
+        ),
+    ],
+    ids=['n_embd', 'n_embd of 2**62', 'batch_size'],
+)
+def test_what_no_memory_holds_is_refused_before_anything_is_built(tmp_path, data, knobs, line, monkeypatch):
+    monkeypatch.setattr(train, 'build', None)
+    with pytest.raises(ConfigError, match=line):
+        start(tmp_path, data, **knobs)
+
+
+def test_memory_that_is_used_up_is_one_line(tmp_path, data):
+    argv = flags(tmp_path / 'run', dataset=data, **tiny.TINY)
+    program = tiny.Program(argv, tmp_path / 'log', fault=partial(tiny.at_step, 6, _take_all_memory))
+    assert program.end() == 2
+    line = program.text().splitlines()[-1]
+    assert line.startswith('train.py: the memory is used up (') and line.endswith('or a smaller model')
+    assert 'Traceback' not in program.text()
+    assert status(tmp_path / 'run') == 'failed' and checkpoint.load(tmp_path / 'run' / LAST)['iter'] == 5
+
+
+def _take_all_memory():
+    torch.empty(2**60)
+
+
+def test_a_warm_up_that_leaves_no_time_is_told(tmp_path, data, capsys):
+    start(tmp_path / 'a', data, warmup_iters=1e9)
+    told = 'warning: warmup_iters=1e+09 leaves no time: the learning rate comes to 1.2e-10 in 12 iterations'
+    assert told in capsys.readouterr().out
+    start(tmp_path / 'b', data, warmup_iters=11)
+    start(tmp_path / 'c', data, warmup_iters=1e9, decay_lr=False)
+    assert 'leaves no time' not in capsys.readouterr().out
+
+
+def test_bf16_on_a_processor_without_it_is_told(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setattr(system, 'cpu_has_bf16', lambda: False)
+    assert system.pick_dtype('auto', 'cpu') == system.pick_dtype('float32', 'cpu') == 'float32'
+    assert capsys.readouterr().err == ''
+    assert system.pick_dtype('bfloat16', 'cpu') == 'bfloat16'
+    assert 'warning: dtype=bfloat16, but this processor has no instructions for it' in capsys.readouterr().err
+    monkeypatch.setattr(system, 'cpu_has_bf16', lambda: True)
+    assert system.pick_dtype('bfloat16', 'cpu') == system.pick_dtype('auto', 'cpu') == 'bfloat16'
+    assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('ids', ['of the vocabulary', 'beyond it'])
+def test_data_that_are_overwritten_end_the_run_and_nothing_is_saved_of_them(tmp_path, straight, ids):
+    """In place, so that the run reads the new tokens: no checkpoint may say that it is of the old ones."""
+    tokens = write_tokens(tmp_path / 'tokens')
+    before = (tokens / 'train.bin').read_bytes()
+
+    def overwrite():
+        (tokens / 'train.bin').write_bytes(bytes(len(before)) if ids == 'of the vocabulary' else before[::-1])
+
+    with happening(7, overwrite), pytest.raises(DataError) as error:
+        start(tmp_path / 'run', tokens)
+    line = str(error.value)
+    assert line.startswith(f'{tokens / "train.bin"} changed since it was opened: ') and '\n' not in line
+    assert f'{tmp_path / "run" / LAST} is of iteration 5; put the file back' in line
+    assert status(tmp_path / 'run') == 'failed' and checkpoint.load(tmp_path / 'run' / LAST)['iter'] == 5
+    (tokens / 'train.bin').write_bytes(before)
+    resume(tmp_path / 'run')
+    assert_same_run(straight, tmp_path / 'run')
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGBUS'), reason='needs POSIX')
+def test_data_that_are_cut_short_leave_a_trace(tmp_path):
+    tokens = write_tokens(tmp_path / 'tokens')
+    argv = flags(tmp_path / 'run', dataset=tokens, **tiny.TINY)
+    fault = partial(tiny.at_step_after_saves, 7, partial(os.truncate, tokens / 'train.bin', 0))
+    program = tiny.Program(argv, tmp_path / 'log', fault=fault)
+    assert program.end() == -signal.SIGBUS
+    assert 'Fatal Python error: Bus error' in program.text() and 'get_batch' in program.text()
+    assert checkpoint.load(tmp_path / 'run' / LAST)['iter'] == 5
 
 
 def test_a_missing_data_set_is_refused_first_with_the_command_that_makes_it(tmp_path, monkeypatch):
@@ -833,7 +1165,7 @@ def test_the_record_survives_a_torn_line(tmp_path):
 
 
 def test_the_table_of_faults_names_tests_that_exist(root):
-    table = (root / 'RELIABILITY.md').read_text(encoding='utf-8')
+    table = (root / 'docs/reliability.md').read_text(encoding='utf-8')
     sources = ''.join(path.read_text(encoding='utf-8') for path in (root / 'tests').glob('test_*.py'))
     named = set(re.findall(r'`(test_[a-z0-9_]+)`', table))
     assert len(named) > 60 and not [name for name in named if f'def {name}(' not in sources]
