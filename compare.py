@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent
 class Knobs:
     baseline: str = ''  # the arm that others are compared with; '' = vanilla, else the first
     arms: str = ''  # only these arms, separated by commas, and the baseline
-    name: str = ''  # of the comparison; '' = the name of the first folder
+    name: str = ''  # the name of the comparison; '' = that of the first folder
     out: str = ''  # the folder in which NAME/ is written; '' = charts for kept studies, else out/charts
     insert: str = ''  # a Markdown file: put the table between its markers <!-- NAME --> as well
     pack: str = ''  # results/NAME: keep the runs and their sweep as results/NAME.jsonl, do not compare them
