@@ -18,7 +18,6 @@ import torch
 
 import compare
 import experiments
-import train
 from configurator import ConfigError, configure
 from runs import metrics
 from runs.files import FileError, lock_holder
