@@ -88,7 +88,7 @@ def mqar(draws: Draws, n: int, held: int = 16, symbols: int = 64) -> Made:
 def induction(draws: Draws, n: int, length: int = 48, asks: int = 4, symbols: int = 96) -> Made:
     """Different symbols without any form; then some of them again, and the one that followed is asked for.
 
-    Near: one of the last 17 of them; far: one of those before (Elhage et al., 2021; Olsson et al., 2022)."""
+    Near: it stands among the last 18 of them; far: before those (after Olsson et al., 2022)."""
     text = FIRST + draws.some(n, length, symbols)
     slots = (
         length // 2 - 1
