@@ -11,7 +11,8 @@ Writes OUT_DIR/diagnose.json and prints its tables. Over windows of a split, eve
   far back the token was seen last, and where in the window it stands;
 - copying: the loss on random tokens, and on the same ones when they come again;
 - a probe of token identity in every layer: which token stands at a place, by a linear function of the
-  residual stream there, or of the values that the layer reads there;
+  residual stream there, or of the values that the layer reads there; and the size of the stream, and in how
+  many directions it varies;
 - reads: what is lost if the heads that read keys and values of another layer read those of their own layer.
 """
 
@@ -297,15 +298,27 @@ def asked_later(x: torch.Tensor, y: torch.Tensor, tokens: Examples) -> torch.Ten
     return fetched
 
 
-def probe_layers(s: Subject, chosen: torch.Tensor) -> dict[str, float]:
-    """{a state: the accuracy of a probe of the token at the chosen places, on windows that are held out}"""
+def directions(vectors: torch.Tensor) -> float:
+    """In how many directions vectors (N, d) vary, from 1 to d: (Σ λ)² / Σ λ² of the eigenvalues λ of their
+    covariance (the participation ratio)."""
+    centred = (vectors - vectors.mean(0)).double()
+    covariance = centred.T @ centred
+    return (covariance.trace().square() / covariance.square().sum()).item()
+
+
+def probe_layers(s: Subject, chosen: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Of every state at the chosen places: the accuracy of a probe of the token there, on windows that are
+    held out; the root mean square; and `directions`."""
     fitted = int(FITTED * len(s.x))
     n = int(chosen[:fitted].sum())  # places come window by window
-    ids = s.x[chosen]
-    return {
-        name: Probe(vectors[:n], ids[:n]).accuracy(vectors[n:], ids[n:])
-        for name, vectors in states(s, chosen).items()
-    }
+    ids, found = s.x[chosen], {}
+    for name, vectors in states(s, chosen).items():
+        found[name] = {
+            'token': Probe(vectors[:n], ids[:n]).accuracy(vectors[n:], ids[n:]),
+            'size': vectors.square().mean().sqrt().item(),
+            'directions': directions(vectors),
+        }
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -482,14 +495,14 @@ def tables(report: dict) -> str:
     rows = [[at, entry['first'], entry['again']] for at, entry in report.get('copying', {}).items()]
     if rows:
         parts.append(table('copying of random tokens', ['iteration', 'loss', 'when they come again'], rows))
-    n_layer = sum(name.startswith('stream') for name in report['probe'])
-    rows = [
-        [l if l < n_layer - 1 else 'end', report['probe'][f'stream {l}'], report['probe'].get(f'values {l}')]
-        for l in range(n_layer)
-    ]
-    parts.append(
-        table('probe of the token', ['before layer', 'residual stream', 'values that are read'], rows)
-    )
+    n_layer = sum(name.startswith('stream') for name in report['probe']) - 1
+    rows = []
+    for l in range(n_layer + 1):
+        stream, values = report['probe'][f'stream {l}'], report['probe'].get(f'values {l}', {})
+        rows.append([l if l < n_layer else 'end', stream['token'], values.get('token'), stream['size']])
+        rows[-1].append(f'{stream["directions"]:.1f}')
+    header = ['before layer', 'token from stream', 'token from values read', 'size of stream', 'directions']
+    parts.append(table('what the stream holds', header, rows))
     if report['reads']:
         names = ('swapped', 'by own', 'by zeros', 'loss', 'accuracy')
         header = ['reads of other layers', 'by own', 'by zeros', 'loss', 'accuracy']

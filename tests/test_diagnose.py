@@ -187,8 +187,20 @@ def test_states_are_the_stream_and_the_values_as_they_are_read():
 def test_the_token_is_known_before_the_first_layer():
     s = subject(random_gpt(GPTConfig(**SHAPE)), rows=400)
     found = diagnose.probe_layers(s, torch.ones_like(s.x, dtype=torch.bool))
-    assert found['stream 0'] > 0.99
-    assert all(0 <= value <= 1 for value in found.values()) and len(found) == 7
+    assert found['stream 0']['token'] > 0.99
+    assert all(0 <= state['token'] <= 1 for state in found.values()) and len(found) == 7
+    with torch.no_grad():
+        start = s.model.transformer.wte(s.x) + s.model.transformer.wpe.weight[:16]
+    assert found['stream 0']['size'] == pytest.approx(start.square().mean().sqrt().item())
+
+
+def test_directions_are_counted():
+    vectors = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    assert diagnose.directions(vectors + 100) == pytest.approx(8, rel=0.01)  # around the mean
+    vectors[:, 2:] = 0
+    assert diagnose.directions(vectors) == pytest.approx(2, rel=0.01)
+    vectors[:, 0] *= 1000
+    assert diagnose.directions(vectors) == pytest.approx(1, rel=0.01)
 
 
 # ---- reads of other layers

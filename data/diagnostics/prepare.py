@@ -130,9 +130,9 @@ def depth(
     that of an item of the same name ('direct', as in mqar), else of an item of another name ('alias').
 
     An alias takes three layers at least: one puts a name beside what follows it; the next reads the class of
-    the name, both where a value stands and where it is asked for; only then can the two meet, and what is
-    read there is the value, which that place has known since before the first layer, and has kept beside the
-    name and the class that were written over it."""
+    the name, both where a value stands and where it is asked for; only then can the two meet. What is read
+    there is the value, which that place has known since before the first layer, and has kept beside the name
+    and the class that were written over it."""
     width = aliases - 1  # names of a class that no item has
     of_class = FIRST + draws.some(n, classes, 16)
     name = FIRST + 16 + draws.some(n, classes * aliases, names)
