@@ -45,7 +45,7 @@ from pathlib import Path
 
 from configurator import ConfigError, configure, divide, run_program
 from runs import knobs as training
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import data_folder, prepare_own
 from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
 from runs.records import (
     METRICS,
@@ -760,7 +760,7 @@ def check_data(plan: Plan) -> str:
     from data.tokendata import open_data
 
     folder = data_folder(plan.dataset)
-    prepare_stdlib(folder)
+    prepare_own(folder)
     block_size = max(plan.job('', arm, 0, 1e-3).knobs.block_size for arm in plan.arms)
     vocab_size = plan.job('', plan.arms[0], 0, 1e-3).knobs.vocab_size
     return open_data(folder, block_size, vocab_size or None).fingerprint

@@ -87,7 +87,9 @@ RECORD_SHAPE = Object(  # a line of metrics.jsonl: a logged step, an evaluation,
     {'iter': COUNT},
     {
         'event': maybe(TEXT),
-        **dict.fromkeys(['loss', 'tokens_per_s', 'mfu', 'train/loss', 'val/loss'], maybe(NUMBER)),
+        **dict.fromkeys(
+            ['loss', 'tokens_per_s', 'mfu', 'train/loss', 'val/loss', 'val/accuracy'], maybe(NUMBER)
+        ),
     },
 )
 
@@ -161,6 +163,17 @@ class Run:
     @property
     def train_loss(self) -> float | None:
         return self.evals[-1].get('train/loss')
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of asked tokens of val that are predicted right, where the data say which those are."""
+        return self.evals[-1].get('val/accuracy')
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """The same by the data set's groups of asked tokens, where it has several."""
+        last = self.evals[-1].items()
+        return {name.removeprefix('val/accuracy/'): v for name, v in last if name.startswith('val/accuracy/')}
 
     @property
     def peak_memory(self) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import ConfigError
-from data.tokendata import DataError, eval_starts
+from data.tokendata import DataError, eval_windows
 from model import GPTConfig
 from runs.checkpoint import LAST, CheckpointError, Saver
 from runs.console import say
@@ -128,7 +128,7 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
 
 def n_windows(data, k: Knobs) -> int:
     """Windows of val in an evaluation; as many are always the same ones."""
-    return len(eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)[0])
+    return len(eval_windows(data.splits['val'], k.block_size, k.eval_iters * k.batch_size)[0])
 
 
 def resume_knobs(k: Knobs, given: dict) -> Knobs:

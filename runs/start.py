@@ -12,7 +12,7 @@ from configurator import ConfigError, configure
 from data.tokendata import open_data
 from model import GPTConfig
 from runs import checkpoint, metrics, pretrained
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import data_folder, prepare_own
 from runs.files import FolderLock
 from runs.knobs import STARTS, Knobs, check, check_model, check_paths, model_config
 from runs.ranks import Ranks
@@ -106,7 +106,7 @@ def open_all(k: Knobs, given: dict, resume: bool, group: Ranks) -> tuple:
         k = pretrained_knobs(k, given, source.config)
     folder = data_folder(k.dataset)
     if group.main:
-        prepare_stdlib(folder)
+        prepare_own(folder)
     data = open_data(folder, k.block_size, k.vocab_size or None, verify=group.main)
     vocab_size = -(-data.vocab_size // 64) * 64  # a multiple of 64 is faster; padding is never sampled
     config = model_config(k, vocab_size, data.vocab_size)

@@ -21,6 +21,7 @@ import experiments
 from configurator import ConfigError, configure
 from runs import metrics
 from runs.files import FileError, lock_holder
+from runs.knobs import model_config
 from runs.models import MODELS
 from runs.records import RecordError, find_runs, pack, unlike, what_is_learned
 
