@@ -65,8 +65,8 @@ from data.tokenizer import from_spec
 from layers.loss import linear_cross_entropy
 from model import GPT
 from runs import pretrained
-from runs.checkpoint import write_text
 from runs.datasets import bytes_per_token, data_folder
+from runs.files import write_text
 from runs.knobs import check_threads
 from runs.models import load_model
 from runs.system import autocast_for, pick_device, pick_dtype
