@@ -4,7 +4,7 @@
     python compare.py results/4-cpu                      # a study that is kept here: results/4-cpu.jsonl
     python compare.py out/vanilla out/reflex_422         # any output folders of train.py
     python compare.py base=out/a new=out/b1 new=out/b2   # named: two seeds of the arm `new`
-    python compare.py results/4-cpu --insert=README.md   # also put the table between its markers there
+    python compare.py results/4-cpu --insert=docs/results.md   # also put the table between its markers there
     python compare.py out/experiments/mine --pack=results/mine  # keep all runs of a study as one text file
 
 Writes out/charts/NAME/, or charts/NAME/ for a study that is kept: loss.png, cost.png, difference.png,

@@ -1165,7 +1165,7 @@ def test_the_record_survives_a_torn_line(tmp_path):
 
 
 def test_the_table_of_faults_names_tests_that_exist(root):
-    table = (root / 'RELIABILITY.md').read_text(encoding='utf-8')
+    table = (root / 'docs/reliability.md').read_text(encoding='utf-8')
     sources = ''.join(path.read_text(encoding='utf-8') for path in (root / 'tests').glob('test_*.py'))
     named = set(re.findall(r'`(test_[a-z0-9_]+)`', table))
     assert len(named) > 60 and not [name for name in named if f'def {name}(' not in sources]
