@@ -1,14 +1,14 @@
 """The study of docs/composition.md: models trained apart on parts of a text and joined, against models of the
 same training FLOPs.
 
-    python studies/composition.py source --files proposals.train.jsonl.xz proposals.val.jsonl.xz
-    python studies/composition.py cluster
-    python studies/composition.py source --table      # of what is done
+    python studies/composition_study.py source --files proposals.train.jsonl.xz proposals.val.jsonl.xz
+    python studies/composition_study.py cluster
+    python studies/composition_study.py source --table      # of what is done
 
-For each seed: a seed model learns from all parts but one (`seen`); from it an expert branches for each part,
-also for the one that is held out; the experts of `seen` are joined together, or one by one; the held-out part's
-expert is added to the former. Dense models get the training FLOPs of all that. Runs are made in
-out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the same
+For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
+branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
+one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. Runs are made
+in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the same
 command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
 """
 
@@ -28,8 +28,8 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compose
 from composition import Composed
 from data.centres import FILE, Centres
 from data.tokendata import eval_batch, eval_starts, open_data
@@ -37,13 +37,14 @@ from data.tokenizer import from_spec
 from model import GPT, GPTConfig
 from runs import checkpoint, metrics
 from runs.files import write_text
-from runs.knobs import saved_knobs
+from runs.knobs import Knobs, saved_knobs
 from runs.models import load_model
 from runs.ranks import Ranks
 from runs.records import RUN
 from runs.step import mean_loss
 from runs.system import autocast_for, pick_dtype
 
+ROOT = Path(__file__).resolve().parent.parent
 DATASET = 'proposals_bpe4096'
 KINDS = {  # the parts with experts, the part that is held out, and how data/cluster.py finds them
     'source': (
@@ -55,11 +56,11 @@ KINDS = {  # the parts with experts, the part that is held out, and how data/clu
 }
 SHARED = [
     *('config/size_cpu.py', '--device=cpu', '--compile=false', '--threads=1', '--batch_size=4'),
-    *('--optimizer=muon', '--eval_iters=32', '--warmup_iters=15', '--log_interval=20'),
+    *('--optimizer=muon', '--eval_iters=16', '--warmup_iters=15', '--log_interval=20'),
 ]
 STEPS = {'seed': 250, 'expert': 250, 'together': 160, 'apart': 100, 'grown': 100}
 RATE, BRANCH, JOIN = 0.01, 0.005, 0.01  # of a model from scratch, of one that branches off, of what joins
-WIDE = 288  # n_embd of the dense model with as many parameters as four experts and their base
+WIDE = 320  # n_embd of the dense model with as many parameters as four experts and their base
 WINDOWS = 64  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
@@ -125,7 +126,7 @@ class Study:
         run(out, 'train.py', 'config/vanilla.py', *SHARED, *given, *arguments)
 
     def branch(self, out: Path, part: str, seed: int):
-        """An expert: the seed model, trained on its part. Its weights are not those of an earlier run here."""
+        """An expert: the seed model, trained on its part."""
         start = f'--init_from={self.folder("seed", seed)}'
         if (out / checkpoint.LAST).exists():
             start = '--init_from=resume'
@@ -234,7 +235,7 @@ class Study:
             model = Composed(replace(model.config, **routing), seed=0).eval()
             model.load_state_dict({**weights, '_extra_state': model.get_extra_state()})
         if not found:
-            found = self.record(out, seed, model)
+            self.record(out, seed, model, of, **routing)
         measured = {'training_flops': self.training_flops(arm, seed), **self.measured(model)}
         write_text(ROOT / out / RUN, json.dumps({**read_run(out), 'measured': measured}, indent=1) + '\n')
         say(f'{out}: {measured["loss"]}')
@@ -245,18 +246,18 @@ class Study:
             found['measured'] = self.measured(model)
             write_text(ROOT / out / RUN, json.dumps(found, indent=1) + '\n')
 
-    def record(self, out: Path, seed: int, model) -> dict:
+    def record(self, out: Path, seed: int, model, of: str, **routing) -> dict:
         """A run.json and metrics.jsonl of a model that was not trained, of the form that compare.py reads."""
-        seen = read_run(self.folder('seed', seed))
-        k = saved_knobs({**seen['config'], 'out_dir': str(out), 'max_iters': 0}, out)
+        config = read_run(self.folder(of or 'seed', seed))['config'] | routing
+        kind = compose.Knobs if of else Knobs
+        k = saved_knobs({**config, 'out_dir': str(out), 'max_iters': 0}, out, kind)
         data = open_data(ROOT / 'data' / self.data / 'seen')
         parts = model.experts if isinstance(model, Ensemble) else None
         run = metrics.describe_run(k, [], parts[0] if parts else model, data, 'cpu', DTYPE, 1)
         if parts:
-            named = {'flops_per_token': lambda m: m.flops_per_token(backward=False)}
-            named |= {'params': GPT.num_params, 'cache_bytes_per_token': GPT.cache_bytes_per_token}
-            run['model'] = {name: sum(map(count, parts)) for name, count in named.items()}
             run['describe'] = f'{len(parts)} experts, top_k {model.top_k}, mixed by distance'
+            for name in ('params', 'flops_per_token', 'cache_bytes_per_token'):
+                run['model'][name] *= len(parts)
         starts = eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)
         loss = loss_on(model, data.splits['val'], starts, k.batch_size)
         (ROOT / out).mkdir(parents=True, exist_ok=True)
@@ -343,9 +344,8 @@ def table(study: Study) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('name', choices=KINDS)
     parser.add_argument('--files', nargs='+', default=[], help='source: the rows that the data was made from')
     parser.add_argument('--seeds', default='0,1,2', help='0,1,2')
