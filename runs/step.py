@@ -130,7 +130,9 @@ class TrainingStep:
             loss_sum += loss.detach()
             self.inputs = self.fetch(it, j + 1) if j < last else self.fetch(it + 1, 0)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        # frozen weights have no gradient
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         report = torch.stack([loss_sum / self.divisor, torch.full_like(loss_sum, stopping)])
         if self.group.ddp:
             dist.all_reduce(report)
