@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from generation import stream_tokens
-from layers.contract import PADDING, Attention, Counted, Memory, Watch
+from layers.contract import PADDING, Attention, Counted, Memory
 from layers.heads import HeadLinear
 from layers.loss import linear_cross_entropy, soft_capped
 from layers.mlps import MLPS
@@ -141,6 +141,12 @@ def flops(module: nn.Module, T: int, backward: bool = False) -> float:
     return total
 
 
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The generator that draws the initial values of a tensor of this name, and of no other."""
+    digest = hashlib.sha256(f'{seed} {name}'.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+
+
 class LanguageModel(nn.Module):
     """What all models share: initial values, loss, optimizer, sampling.
 
@@ -149,7 +155,10 @@ class LanguageModel(nn.Module):
         hidden(idx, cache)   token ids (B, T) -> what the head reads (B, T, C)
         new_cache(B)         empty generation state for B sequences
         describe(), summary(), parts(), flops_per_token(), cache_bytes_per_token(), state_bytes()
+    apart: how the names of those weights begin that a checkpoint leaves to files of their own
     """
+
+    apart: tuple[str, ...] = ()
 
     def finish(self, seed: int | None):
         """Called at the end of a model's constructor: the head, and all initial values."""
@@ -166,8 +175,7 @@ class LanguageModel(nn.Module):
         if self.lm_head.weight.is_meta:
             return
         for name, module in self.named_modules():
-            digest = hashlib.sha256(f'{seed} {name}'.encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+            generator = generator_of(seed, name)
             if hasattr(module, 'init_own'):  # parameters beside those of torch's layers
                 module.init_own(generator)
             if not isinstance(module, (nn.Linear, nn.Embedding)):
@@ -301,43 +309,46 @@ class GPT(LanguageModel):
         named = {'tokens': t.wte, 'positions': t.wpe, 'blocks': t.h, 'final norm': t.ln_f}
         return {name: count(module) for name, module in named.items()}
 
-    def hidden(
-        self, idx, cache: Cache | None = None, pos=None, real=None, embedded=None, watch: Watch | None = None
-    ):
+    def hidden(self, idx, cache: Cache | None = None, pos=None, real=None):
         """Token ids (B, T) -> final normalised residual stream (B, T, n_embd).
 
         With a cache, idx follows the tokens that it holds, and the cache is advanced by T. For batches of
         padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
         which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
-        embedded (B, T, n_embd): what to take for the embedding of idx, which may be None where no layer reads
-        tokens. watch: what to keep of the pass.
         """
-        _, T = idx.shape if embedded is None else embedded.shape[:2]
-        start = cache.length if cache is not None else 0
+        x, memory = self.embed(idx, cache, pos, real)
+        for i in range(len(self.transformer.h)):
+            x = self.block(i, x, memory, cache)
+        if cache is not None:
+            cache.length += idx.size(1)
+        return self.transformer.ln_f(x)
+
+    def embed(self, idx, cache: Cache | None = None, pos=None, real=None, embedded=None):
+        """Arguments as of hidden -> (the stream that the first block reads (B, T, n_embd), the Memory that
+        the blocks of this pass share). The cache is not advanced. embedded (B, T, n_embd): what to take for
+        the embedding of idx, which may be None where no layer reads tokens."""
+        t = self.transformer
+        if embedded is None:
+            embedded = t.wte(idx)  # (B, T, n_embd)
+        T, start = embedded.size(1), cache.length if cache is not None else 0
         if start + T > self.context_limit:
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
         if pos is None:
-            device = (idx if embedded is None else embedded).device
-            pos = torch.arange(start, start + T, device=device)[None]  # (1, T)
-        t = self.transformer
-        if embedded is None:
-            embedded = t.wte(idx)  # (B, T, n_embd)
+            pos = torch.arange(start, start + T, device=embedded.device)[None]  # (1, T)
         x, rotate = t.wpe(embedded, pos)
-        x = t.drop(x)
-        weights = None if watch is None else watch.weights
-        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded, weights=weights)
-        x0 = F.rms_norm(embedded, embedded.shape[-1:]) if self.config.x0_skip else None
-        for i, block in enumerate(t.h):
-            if x0 is not None:
-                x = t.of_stream[i] * x + t.of_token[i] * x0
-            if watch is not None:
-                watch.streams.append(x)
-            x = self.step(block, x, memory, cache.layers[i] if cache is not None else None)
-        if cache is not None:
-            cache.length += T
-        return t.ln_f(x)
+        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded)
+        if self.config.x0_skip:
+            memory.x0 = F.rms_norm(embedded, embedded.shape[-1:])
+        return t.drop(x), memory
+
+    def block(self, i: int, x, memory: Memory, cache: Cache | None = None):
+        """Block i on the stream x (B, T, n_embd) -> the stream after it; memory: as embed made it."""
+        t = self.transformer
+        if memory.x0 is not None:
+            x = t.of_stream[i] * x + t.of_token[i] * memory.x0
+        return self.step(t.h[i], x, memory, cache.layers[i] if cache is not None else None)
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
         """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""

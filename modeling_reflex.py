@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple, logging
 
 from hierarchy import Hierarchy, HierarchyConfig
-from layers.contract import Memory, Watch
+from layers.contract import Memory
 from layers.registry import kinds_of
 from layers.spec import canonical
 from model import GPT, GPTConfig
@@ -273,42 +273,24 @@ class Core:
             cache = ReflexCache(self, B)
         if cache is not None and self._recomputes():
             raise ValueError('gradient checkpointing would fill the cache twice: give use_cache=False')
+        position_ids, real = self._places(attention_mask, position_ids, T, cache)
         attentions = self.settings.output_attentions if output_attentions is None else output_attentions
         states = self.settings.output_hidden_states if output_hidden_states is None else output_hidden_states
-        options = self._watch(attentions, states)
-        if inputs_embeds is not None:
-            options['embedded'] = inputs_embeds
-        position_ids, real = self._places(attention_mask, position_ids, T, cache)
-        hidden = self.hidden(
-            input_ids, cache.state if cache is not None else None, position_ids, real, **options
+        states = None if states is False else states
+        state = cache.state if cache is not None else None
+        hidden, streams, weights = self.look(
+            input_ids, state, position_ids, real, inputs_embeds, bool(attentions), states is not None
         )
         output = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
-        if states is not None and states is not False:
-            output.hidden_states = chosen([*options['watch'].streams, hidden], states)
+        if states is not None:
+            output.hidden_states = chosen([*streams, hidden], states)
         if attentions:
-            output.attentions = tuple(options['watch'].weights)
+            output.attentions = tuple(weights)
         return output if return_dict else output.to_tuple()
 
     def _kinds(self):
         stack = self.config if isinstance(self, GPT) else self.stack
         return kinds_of(stack).values()
-
-    def _watch(self, attentions: bool, states) -> dict:
-        """The argument of hidden() that brings what is asked for; ValueError where this model has none."""
-        states = states is not None and states is not False
-        if not isinstance(self, GPT):
-            for name in [
-                name for name, asked in (('attentions', attentions), ('hidden_states', states)) if asked
-            ]:
-                raise ValueError(f'output_{name}: the levels of a hierarchy differ in length and width')
-            return {}
-        if attentions and not all(kind.layer.has_scores for kind in self._kinds()):
-            raise ValueError(
-                f'output_attentions: attention={self.settings.attention!r} has layers in which no token is '
-                'weighed by another'
-            )
-        eager = self.settings._attn_implementation == 'eager'
-        return {'watch': Watch(weights=attentions or eager)} if attentions or states or eager else {}
 
     def _places(self, attention_mask, position_ids, T: int, cache: ReflexCache | None):
         """What hidden() is to know of positions and of padding: (pos (B, T) or None, real (B, S) or None)."""
@@ -361,14 +343,14 @@ class Core:
         if not self._recomputes():
             return part(*args)
         memory = next((arg for arg in args if isinstance(arg, Memory)), Memory())
-        before = memory.copy()  # later layers add to it before this one is computed again
+        before = memory.copy()  # later parts add to it before this one is computed again
 
         def compute(*args):
             own = before.copy()
             return part(*(own if arg is memory else arg for arg in args)), own
 
         y, after = self._gradient_checkpointing_func(compute, *args)
-        memory.take(after)
+        vars(memory).update(vars(after))
         return y
 
 
@@ -381,11 +363,35 @@ def chosen(states: list, which) -> tuple:
 
 
 class GPTCore(Core, GPT):
-    pass
+    def look(self, idx, cache, pos, real, embedded, attentions: bool, states: bool):
+        """idx to embedded: as of GPT.embed. attentions, states: what is wanted beside the first of
+
+        (what the head reads (B, T, n_embd), the stream that each block reads, who looks at whom by layer)
+        """
+        if attentions and not all(kind.layer.has_scores for kind in self._kinds()):
+            raise ValueError(
+                f'output_attentions: attention={self.config.attention!r} has layers in which no token is '
+                'weighed by another'
+            )
+        x, memory = self.embed(idx, cache, pos, real, embedded)
+        if attentions or self.settings._attn_implementation == 'eager':
+            memory.weights = []
+        streams = []
+        for i in range(len(self.transformer.h)):
+            streams += [x] if states else []
+            x = self.block(i, x, memory, cache)
+        if cache is not None:
+            cache.length += x.size(1)
+        return self.transformer.ln_f(x), streams, memory.weights
 
 
 class HierarchyCore(Core, Hierarchy):
-    pass
+    def look(self, idx, cache, pos, real, embedded, attentions: bool, states: bool):
+        """As of GPTCore, with the first alone."""
+        for name, wanted in {'attentions': attentions, 'hidden_states': states}.items():
+            if wanted:
+                raise ValueError(f'output_{name}: the levels of a hierarchy differ in length and width')
+        return self.hidden(idx, cache, pos, real, embedded), (), ()
 
 
 class ReflexForCausalLM(PreTrainedModel, GenerationMixin):

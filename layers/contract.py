@@ -32,35 +32,30 @@ class Memory:
 
     published  one entry per layer so far that publishes: its keys and values, which later layers may read
     inputs     x of every layer so far, (B, T, n_embd) each
+    queries    of the last layer so far that asks with any, (B, n_head, T, head_size); None before the first
     tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. None where a
     layer's
                input stands for more than one token, as in the latents of a hierarchy
+    x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
     weights    where somebody asks for them, a list to which every attention with scores appends who looks at
                whom, (B, n_head, T, S); else None
     """
 
-    def __init__(
-        self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, weights: list | None = None
-    ):
-        self.published, self.inputs, self.weights = [], [], weights
+    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
+        self.published, self.inputs = [], []
+        self.queries = self.x0 = self.weights = None
         self.tokens, self.embedded = tokens, embedded
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
 
     def copy(self) -> Memory:
-        """One with lists of its own, which so far hold the same: for a layer that is computed twice."""
+        """One that holds the same so far, with lists of its own: for a block that is computed twice."""
         other = copy.copy(self)
-        other.published, other.inputs = list(self.published), list(self.inputs)
-        other.weights = None if self.weights is None else list(self.weights)
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list)}
+        vars(other).update(lists)
         return other
-
-    def take(self, other: Memory):
-        """Let the lists hold what those of a copy hold."""
-        self.published[:], self.inputs[:] = other.published, other.inputs
-        if self.weights is not None:
-            self.weights[:] = other.weights
 
     @property
     def mask(self):
@@ -71,17 +66,6 @@ class Memory:
             sees = (at <= at[-self.T :, None]) & self.real[:, None, None, :]
             self.seen = sees | (at == at[-self.T :, None])  # padding sees itself: no softmax over nothing
         return self.seen
-
-
-class Watch:
-    """What the caller of a forward pass wants to see of it beside its result; the pass fills the lists.
-
-    streams  the residual stream before each block, (B, T, n_embd)
-    weights  as of Memory, one entry per layer; None where they are not wanted
-    """
-
-    def __init__(self, weights: bool = False):
-        self.streams, self.weights = [], [] if weights else None
 
 
 class Place(NamedTuple):
