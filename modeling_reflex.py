@@ -561,7 +561,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
         (Path(save_directory) / own.name).write_text(one_file(own), encoding='utf-8')
 
 
-class HierarchicalForCausalLM(ReflexForCausalLM):
+class HierarchicalForCausalLM(ReflexForCausalLM, GenerationMixin):
     """The same of a hierarchy. Padding may stand on the right alone: groups begin at the first token.
 
     The loss is that of the tokens: latent_loss belongs to train.py, and what predicts latents is frozen.

@@ -4,7 +4,7 @@
     python tests/transformers_tests.py FOLDER leap       # on one kind
 
 The folder must be of the transformers that is installed; pip does not bring it. The program prints how many
-tests passed, failed and were skipped, and the reason of each failure. docs/transformers.md keeps that table.
+tests passed, failed and were skipped, and why. docs/transformers.md keeps that table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import unittest
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -66,10 +66,11 @@ def case(kind: str, mixins: tuple[type, ...]) -> type:
     def setUp(self):
         self.model_tester = Tester(config, kind in LOOKING)
 
-    def check_cache(self, batch_size, cache, seq_length, config):
+    def check_cache(self, batch_size, past_key_values, seq_length, config):
         """For models whose cache is no list of keys and values of all layers."""
-        self.assertIsInstance(cache, ReflexCache)
-        self.assertEqual((cache.rows, cache.get_seq_length()), (batch_size, seq_length))
+        self.assertIsInstance(past_key_values, ReflexCache)
+        held = past_key_values.rows, past_key_values.get_seq_length()
+        self.assertEqual(held, (batch_size, seq_length))
 
     own = {'all_model_classes': (model_class,), 'has_attentions': kind in LOOKING, 'setUp': setUp}
     own |= {'_check_past_key_values_for_generate': check_cache}
@@ -77,11 +78,11 @@ def case(kind: str, mixins: tuple[type, ...]) -> type:
 
 
 class Outcomes(unittest.TestResult):
-    """Which tests passed and failed, and the last line of each failure."""
+    """Which tests passed, and why others failed or were skipped."""
 
     def __init__(self):
         super().__init__()
-        self.passed, self.reasons = [], {}
+        self.passed, self.reasons, self.skips = [], {}, {}
 
     def addSuccess(self, test):
         self.passed.append(test.id())
@@ -91,6 +92,9 @@ class Outcomes(unittest.TestResult):
 
     def addError(self, test, error):
         self.addFailure(test, error)
+
+    def addSkip(self, test, reason):
+        self.skips[name_of(test)] = reason.splitlines()[0]
 
     def addSubTest(self, test, subtest, error):
         if error is not None:
@@ -114,7 +118,7 @@ def main(argv: list[str]):
     from tests.generation.test_utils import GenerationTesterMixin
     from tests.test_modeling_common import ModelTesterMixin
 
-    rows, failed = [], defaultdict(list)
+    rows, failed, skipped = [], defaultdict(list), defaultdict(Counter)
     for kind in kinds or KINDS:
         tests = unittest.defaultTestLoader.loadTestsFromTestCase(
             case(kind, (ModelTesterMixin, GenerationTesterMixin))
@@ -123,7 +127,9 @@ def main(argv: list[str]):
         tests.run(outcomes)
         for name, reason in outcomes.reasons.items():
             failed[re.sub(r'_\d+(_.*)?$', '', name), reason].append(kind)
-        rows.append((kind, len(outcomes.passed), len(outcomes.reasons), len(outcomes.skipped)))
+        for reason in outcomes.skips.values():
+            skipped[reason][kind] += 1
+        rows.append((kind, len(outcomes.passed), len(outcomes.reasons), len(outcomes.skips)))
         print(*rows[-1], sep='\t', file=sys.stderr)
     print('| kind | passed | failed | skipped |\n| --- | --- | --- | --- |')
     for row in rows:
@@ -131,6 +137,9 @@ def main(argv: list[str]):
     print('\n| test | kinds | what it says |\n| --- | --- | --- |')
     for (name, reason), kinds in sorted(failed.items()):
         print(f'| `{name}` | {", ".join(dict.fromkeys(kinds))} | {reason} |')
+    print('\n| skipped, by kind | for what reason |\n| --- | --- |')
+    for reason, kinds in sorted(skipped.items(), key=lambda entry: -entry[1].total()):
+        print('|', ', '.join(f'{kind} {n}' for kind, n in kinds.items()), '|', reason, '|')
 
 
 if __name__ == '__main__':
