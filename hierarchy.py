@@ -28,7 +28,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.channels import MERGES, ChannelBlock
-from layers.contract import Memory
+from layers.contract import Memory, captured
 from layers.heads import KVCache, attend
 from layers.mlps import MLPS
 from layers.norms import NORMS
@@ -623,8 +623,10 @@ class Hierarchy(LanguageModel):
                 'a hierarchy forms groups from the first token on: padding goes to the right alone'
             )
         if cache is None:  # the last group is filled up on the right, where nobody before it looks
-            x = F.pad(x, (0, 0, 0, -(-T // K) * K - T))
-            return self.run(x, Piece(self.config, 0, x.size(1), x.device, None))[0][:, :T]
+            whole = self.config.block_size if captured() else -(-T // K) * K
+            x = F.pad(x, (0, 0, 0, whole - T))
+            y = self.run(x, Piece(self.config, 0, whole, x.device, None))[0]  # (B, whole, d_0)
+            return y.index_select(1, torch.arange(T, device=y.device)) if captured() else y[:, :T]
         done = []
         while T:
             used = cache.length % K  # of the group at hand

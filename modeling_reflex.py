@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple, logging
 
 from hierarchy import Hierarchy, HierarchyConfig
-from layers.contract import Memory
+from layers.contract import Memory, captured
 from layers.registry import kinds_of
 from layers.spec import canonical
 from model import GPT, GPTConfig
@@ -219,11 +219,6 @@ class ReflexCache(TransformersCache):
 
     def update(self, *args, **kwargs):
         raise NotImplementedError('the model that made this cache fills it, not a layer of transformers')
-
-
-def captured() -> bool:
-    """Whether a graph is being taken down that must hold for other inputs: then no value can be looked at."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class Core:

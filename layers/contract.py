@@ -27,6 +27,13 @@ def unrotated(x):
     return x
 
 
+def captured() -> bool:
+    """Whether a graph is being taken down that must hold for other inputs (torch.export, torch.jit.trace): then
+    nothing may depend on a size or on a value, and what is computed in steps of the length is computed in
+    another way."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 class Memory:
     """What the layers of one forward pass share beside x; made for that pass and dropped with it.
 

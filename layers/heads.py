@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers.contract import Attention, Memory, Place
+from layers.contract import Attention, Memory, Place, captured
 from layers.norms import RMSNorm
 from layers.plans import HeadPlan
 
@@ -193,7 +193,7 @@ class HeadPlanAttention(Attention):
         """Who sees whom, (B or 1, 1, T, S) bool, for the T queries that are the last of S keys; None where
         that is simply everyone before."""
         T, S = q.size(2), k.size(2)
-        if not self.window or S <= self.window:
+        if not self.window or (not captured() and S <= self.window):
             return memory.mask
         age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
         near = ((age >= 0) & (age < self.window))[None, None]  # (1, 1, T, S)
