@@ -575,8 +575,8 @@ class Hierarchy(LanguageModel):
         return {name: count(module) for name, module in {**named, 'final norm': t.ln_f}.items()}
 
     def run(self, x, piece: Piece):
-        """Embedded tokens (B, T, d_0) -> what the head reads (B, T, d_0), and the latents before and after the
-        stack."""
+        """Embedded tokens (B, T, d_0) -> what the head reads (B, T, d_0), and the latents before the stack
+        and after it."""
         t = self.transformer
         x, _ = t.wpe[0](x, piece.across(0))
         x, skips = t.drop(x), []

@@ -28,9 +28,8 @@ def unrotated(x):
 
 
 def captured() -> bool:
-    """Whether a graph is being taken down that must hold for other inputs (torch.export, torch.jit.trace): then
-    nothing may depend on a size or on a value, and what is computed in steps of the length is computed in
-    another way."""
+    """Whether a graph is being taken down that must hold for other inputs (torch.export, torch.jit.trace):
+    then no decision may depend on a size or on a value."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 

@@ -73,7 +73,7 @@ class GatedDeltaAttention(Attention):
         with without_autocast(x.device.type):
             state = cache.state if cache is not None else self.new_cache(B, T, x.device, x.dtype).state
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-            longest = self.block_size + 1 if captured() else T  # more than T: a graph then holds for all T
+            longest = self.block_size + 1 if captured() else T  # more than T, whatever T is
             y, state = delta_rule(q, k, v, beta, log_alpha, state, longest)
         if cache is not None:
             cache.state = state.detach()  # gradients reach the tokens of this call alone
@@ -107,19 +107,20 @@ def step_of(T: int) -> int:
     return min(STEP, 1 << (T - 1).bit_length())
 
 
-def delta_rule(q, k, v, beta, log_alpha, state, longest: int):
+def delta_rule(q, k, v, beta, log_alpha, state, longest: int = 0):
     """What T tokens read, and the state after them: (B, H, T, hs), (B, H, hs, hs).
 
     q, k, v (B, H, T, hs), k of length 1 at most; beta, log_alpha (B, H, T), log_alpha <= 0; state (B, H, hs,
-    hs), of values by keys. All fp32 or wider. longest: for how many tokens there are steps, T at least: a graph
-    that is taken down has steps for the longest text. In a step of n tokens, with g the sum of log_alpha within it,
-    what token t writes is u_t = β_t (v_t - α_t S_{t-1} k_t): the solution of
+    hs), of values by keys. All fp32 or wider. longest: for how many tokens there are steps (0: T), since a
+    graph that is taken down has steps for the longest text. In a step of n tokens, with g the sum of
+    log_alpha within it, what token t writes is u_t = β_t (v_t - α_t S_{t-1} k_t): the solution of
 
         u_t + β_t Σ_{j<t} exp(g_t - g_j) (k_t · k_j) u_j = β_t (v_t - exp(g_t) S k_t)
 
     with S the state before the step: one triangular matrix for all of them (Yang et al., 2024, section 3).
     """
     T, hs = q.shape[2:]
+    longest = longest or T
     n = step_of(longest)
     pad = -(-longest // n) * n - T  # tokens that write nothing and forget nothing
     q, k, v = (F.pad(a, (0, 0, 0, pad)).unflatten(2, (-1, n)) for a in (q, k, v))  # (B, H, N, n, hs)
