@@ -382,11 +382,13 @@ class GPTCore(Core, GPT):
 
 class HierarchyCore(Core, Hierarchy):
     def look(self, idx, cache, pos, real, embedded, attentions: bool, states: bool):
-        """As of GPTCore, with the first alone."""
+        """As of GPTCore, with the first alone. With a cache it has no gradient: the tokens of one call are
+        read in pieces, from each of which the next gets its state through the cache."""
         for name, wanted in {'attentions': attentions, 'hidden_states': states}.items():
             if wanted:
                 raise ValueError(f'output_{name}: the levels of a hierarchy differ in length and width')
-        return self.hidden(idx, cache, pos, real, embedded), (), ()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self.hidden(idx, cache, pos, real, embedded), (), ()
 
 
 class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
