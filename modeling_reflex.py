@@ -359,10 +359,8 @@ def chosen(states: list, which) -> tuple:
 
 class GPTCore(Core, GPT):
     def look(self, idx, cache, pos, real, embedded, attentions: bool, states: bool):
-        """idx to embedded: as of GPT.embed. attentions, states: what is wanted beside the first of
-
-        (what the head reads (B, T, n_embd), the stream that each block reads, who looks at whom by layer)
-        """
+        """Arguments as of GPT.embed -> what the head reads (B, T, n_embd); the stream that each block reads,
+        likewise, if states; who looks at whom in each layer, (B, n_head, T, S), if attentions."""
         if attentions and not all(kind.layer.has_scores for kind in self._kinds()):
             raise ValueError(
                 f'output_attentions: attention={self.config.attention!r} has layers in which no token is '
