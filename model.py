@@ -60,7 +60,8 @@ class GPTConfig(GPTShape):
             raise ValueError(
                 f'vocab_used={self.vocab_used}: must be between 0 and vocab_size={self.vocab_size}'
             )
-        for name, known in {'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}.items():
+        choices: dict[str, dict] = {'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown: one of {", ".join(known)}')
         if self.position == 'rotary' and self.head_size % 2:
@@ -158,6 +159,7 @@ class LanguageModel(nn.Module):
     apart: how the names of those weights begin that a checkpoint leaves to files of their own
     """
 
+    config_class: type  # of a frozen dataclass
     apart: tuple[str, ...] = ()
 
     def finish(self, seed: int | None):
@@ -345,7 +347,7 @@ class GPT(LanguageModel):
             x = t.of_stream[i] * x + t.of_token[i] * memory.x0
         return t.h[i](x, memory, cache.layers[i] if cache is not None else None)
 
-    def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
+    def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""
         return flops(self, T or self.config.block_size, backward)
 

@@ -1,6 +1,6 @@
 """The boundary that every attention keeps, `y = attention(x, memory, cache)`, and all that the project asks
-of
-an attention beside it. The defaults are the safe ones: what a layer does not say of itself, nobody relies on.
+of an attention beside it. The defaults are the safe ones: what a layer does not say of itself, nobody relies
+on.
 
 To add one: a subclass of `Attention` in this folder, a line in layers/registry.py, a config that names it.
 tests/test_layers.py then holds it against all of this.
@@ -15,11 +15,8 @@ import torch.nn as nn
 
 from layers.plans import HeadPlan
 
-PADDING = (
-    'right',
-    'left',
-    'anywhere',
-)  # what an attention may promise, the least first; see Attention.padding
+# what an attention may promise, the least first; see Attention.padding
+PADDING = ('right', 'left', 'anywhere')
 
 
 def unrotated(x):
@@ -32,9 +29,8 @@ class Memory:
     published  one entry per layer so far that publishes: its keys and values, which later layers may read
     inputs     x of every layer so far, (B, T, n_embd) each
     queries    of the last layer so far that asks with any, (B, n_head, T, head_size); None before the first
-    tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. None where a
-    layer's
-               input stands for more than one token, as in the latents of a hierarchy
+    tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. Both are None
+               where a layer's input stands for more than one token, as in the latents of a hierarchy
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
@@ -131,6 +127,5 @@ class Attention(Counted):
 
     def describe(self) -> str:
         """One line on what it computes that its weights' shapes do not tell: kept with the weights, and
-        compared
-        when they are loaded."""
+        compared when they are loaded."""
         raise NotImplementedError

@@ -86,8 +86,7 @@ def kinds_of(config) -> dict[str, Kind]:
 
 def make_attentions(config) -> list[Attention]:
     """The attention of every layer. config: of n_layer, n_head, n_embd, head_size, attention, position,
-    qk_norm,
-    bias, dropout. ValueError, naming the value and the fix, where they do not fit together."""
+    qk_norm, bias, dropout. ValueError, naming the value and the fix, where they do not fit together."""
     words = by_layer(config.attention, config.n_layer)
     kinds = [_kind(config, word) for word, _, _ in words]
     _check_facts(config, words, kinds)
@@ -108,9 +107,8 @@ def make_attentions(config) -> list[Attention]:
 
 def head_plan(config) -> HeadPlan | None:
     """Who reads what, over the layers that have keys and values; None where no layer has. ValueError where a
-    plan
-    does not fit, and where it comes to nothing but plain self-attention under another name."""
-    words = [word._replace(count=0) for word, _, _ in by_layer(config.attention, config.n_layer)]
+    plan does not fit, and where it comes to nothing but plain self-attention under another name."""
+    words = [word._replace(n_layers=0) for word, _, _ in by_layer(config.attention, config.n_layer)]
     words = [word for word in words if _kind(config, word).plan]
     if not words:
         return None
@@ -203,8 +201,7 @@ def _known_options(kind: Kind) -> dict[str, inspect.Parameter]:
 
 def _parameters(of) -> dict[str, inspect.Parameter]:
     """The options that a plan (its arguments after the first) or a class of layers (its keyword-only
-    arguments, and
-    those of its bases where it passes them on) declares."""
+    arguments, and those of its bases where it passes them on) declares."""
     if not inspect.isclass(of):
         return dict(list(inspect.signature(of).parameters.items())[1:])
     found = {}

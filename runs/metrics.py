@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -285,7 +286,7 @@ class Record:
     """The record of a run in all its places: metrics.jsonl, run.json and wandb. Where `on` is false (on other
     ranks than the first, or where a run is only evaluated) nothing is written."""
 
-    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None, events: list = ()):
+    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None, events: Sequence = ()):
         """run: see describe_run; resume_iter: of the checkpoint that the run goes on from, or None: then what
         the folder holds is deleted; events: to record at once."""
         self.on = on

@@ -82,7 +82,7 @@ class TrainingStep:
             ids = [torch.device(device).index] if self.device_type == 'cuda' else None
             self.trained = DistributedDataParallel(self.compiled, device_ids=ids)
         self.inputs = None  # of the next micro-batch, fetched while the device computes
-        self.grad_norm = None
+        self.grad_norm: torch.Tensor | None = None
 
     def begin(self, it: int):
         """Called once, before the first step, which is number `it`."""
