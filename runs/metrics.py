@@ -80,7 +80,7 @@ def peak_memory(device: str) -> int | None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """A checkout's commit, '+changes' if tracked files differ from it, but for what runs write (results,
+    """A checkout's commit, '+changes' if tracked files differ from it, except what runs write (results,
     charts); 'unknown' outside of git."""
 
     def git(*args):
