@@ -88,8 +88,8 @@ def draw(logits, temperature: float, top_k: int | None = None, generator=None, t
 
 @contextlib.contextmanager
 def no_dropout(modules):
-    """Inside, those of the modules that are in training mode are not, for as long as it takes to compute
-    something."""
+    """Inside this context the modules are in evaluation mode; afterwards each has the mode that it had
+    before."""
     training = [m for m in modules if m.training]
     for module in training:
         module.training = False

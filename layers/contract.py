@@ -1,6 +1,6 @@
 """The boundary that every attention keeps, `y = attention(x, memory, cache)`, and all that the project asks
-of an attention beside it. The defaults are the safe ones: what a layer does not say of itself, nobody relies
-on.
+of an attention beside it. The defaults are the safe ones: nobody relies on what a layer does not
+say of itself.
 
 To add one: a subclass of `Attention` in this folder, a line in layers/registry.py, a config that names it.
 tests/test_layers.py then holds it against all of this.
@@ -88,11 +88,11 @@ class Attention(Counted):
     any. A linear layer that is several matrices one above the other lists their rows in its `matrix_rows`
     (for Muon)."""
 
-    # facts that rules go by, wherever they are: of the class, before anything is built
-    has_scores = False  # queries meet keys in a product, which qk_norm may tame
+    # facts that rules go by; they belong to the class, so that rules apply before anything is built
+    has_scores = False  # scores are products of queries and keys, which qk_norm may normalise
     rotates = False  # it puts positions into what it compares, by memory.rotate
-    bounded = False  # its state stops growing: a context may be endless
-    padding = 'right'  # where it may stand in a batch: right (no token looks there) | left, too | anywhere
+    bounded = False  # its state stops growing, so a context may be endless
+    padding = 'right'  # where padding may stand in a batch: right (no token looks there) | left | anywhere
     publishes = False  # it appends (key pieces, value pieces) to memory.published
     published_past = True  # what it publishes is of all tokens so far, not of the new ones alone
     reads_all = False  # it reads every head of every earlier layer that publishes

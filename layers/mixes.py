@@ -1,4 +1,5 @@
-"""Head plans with one more step: mixes of what earlier layers have computed, other inputs, other outputs."""
+"""Head plans with one more step: mixes of what earlier layers have computed, other inputs, or other
+outputs."""
 
 from __future__ import annotations
 
@@ -140,8 +141,8 @@ class MidpointAttention(HeadPlanAttention):
 
 
 class ExclusiveAttention(HeadPlanAttention):
-    """What a token reads, without the part along its own value: y - (y · v / |v|²) v, so that attention is
-    left to bring what the residual stream has not (Zhai, 2026, arXiv:2603.09078)."""
+    """What a token reads, minus the part along its own value: y - (y · v / |v|²) v, so that attention
+    brings only what the residual stream does not have yet (Zhai, 2026, arXiv:2603.09078)."""
 
     def __init__(self, config, place: Place, **own):
         super().__init__(config, place, **own)

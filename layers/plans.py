@@ -9,8 +9,8 @@ projects just those, reads what the table says and counts its FLOPs.
     lag 0  self-attention: the layer's own key and value
     lag d  the key and value that the layer d before has computed
 
-In a model of several kinds of layers, each plan is asked for the whole table and gives the rows of its
-layers: lags count all layers that have keys and values."""
+In a model with several kinds of layers, each plan makes the whole table, and the rows of its own layers are
+used: lags count all layers that have keys and values."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _table(config, words: list[Word], shape: Shape) -> list[list[Head]]:
 
 
 def _refuse_vanilla(config, words: list[Word], plan: HeadPlan):
-    """A plan or a mix of another name, of which too few layers are there to be more than self-attention."""
+    """Refuse a plan or a mix that comes to plain self-attention here, since it has too few layers."""
     for word in dict.fromkeys(words):
         kind, at = _kind(config, word), [l for l, other in enumerate(words) if other == word]
         mixes = kind.layer is not HeadPlanAttention
@@ -162,7 +162,7 @@ def _refuse_vanilla(config, words: list[Word], plan: HeadPlan):
 
 
 def _check_facts(config, words, kinds: list[Kind]):
-    """What layers and positions say of themselves must go together."""
+    """What layers and positions say of themselves must fit together."""
     for (word, _, _), kind in zip(words, kinds, strict=True):
         if POSITIONS[config.position].turns and not kind.layer.rotates:
             usable = ', '.join(repr(name) for name, position in POSITIONS.items() if not position.turns)
@@ -171,7 +171,7 @@ def _check_facts(config, words, kinds: list[Kind]):
                 f'that it could turn; use {usable}'
             )
         if config.qk_norm and not kind.layer.has_scores:
-            raise ValueError(f'qk_norm=True: attention={word.name!r} has no scores for it to tame')
+            raise ValueError(f'qk_norm=True: attention={word.name!r} has no scores for it to normalise')
 
 
 def _kind(config, word: Word) -> Kind:

@@ -1,4 +1,4 @@
-"""Head plans whose values know nothing but the token: is what earlier values bring its identity?"""
+"""Head plans whose values depend on the token alone: do earlier layers' values help because they tell it?"""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class BankCache(KVCache):
 
 
 class EmbeddingValueAttention(HeadPlanAttention):
-    """The values of the last heads are a projection of the token's embedding, the others' one of x. As
-    many parameters as without, and nothing is shared with other layers."""
+    """The values of the last heads are a projection of the token's embedding, those of the others a
+    projection of x. The layer has as many parameters as a plain one, and shares nothing with other layers."""
 
     reads_tokens = True
 

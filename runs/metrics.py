@@ -149,7 +149,7 @@ class Metrics:
 
 
 class Wandb:
-    """wandb, where it is wanted and works. Whatever it raises is told once; training goes on."""
+    """wandb, where it is wanted and works. An error of wandb is reported once, and training goes on."""
 
     def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict, run_id=None):
         """run_id: by which wandb knows the run that this one goes on with; None for a new one."""
@@ -266,7 +266,7 @@ def wandb_id(out_dir: Path) -> str | None:
 
 
 class Speed:
-    """Tokens per second, and the share of the device's peak FLOP/s, since it was read last."""
+    """Tokens per second, and the share of the device's peak FLOP/s, since the last reading."""
 
     def __init__(self, run: dict, device: str, it: int, seconds: float):
         """run: see describe_run; it, seconds: of training so far."""
@@ -313,7 +313,7 @@ class Record:
             self.wandb.log({name: value for name, value in values.items() if value is not None})
 
     def event(self, values: dict):
-        """A line that is no metric: it says under 'event' what happened."""
+        """Log a line that is not a metric; its 'event' says what happened."""
         if self.on:
             self.metrics.log(values)
 
@@ -321,7 +321,7 @@ class Record:
         self.metrics.sync()
 
     def end(self, status: str, it: int, seconds: float, best_val_loss: float, device: str):
-        """Called in a `finally`: an exception that is on its way is told too."""
+        """Close the record. Called in a `finally`: an exception that is being raised is recorded too."""
         if not self.on:
             return
         memory, error = peak_memory(device), sys.exc_info()[1]

@@ -43,8 +43,8 @@ def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, wa
 
 
 class Keeper:
-    """Saves a training when it is time to, and only where it is sound: finite weights, which have seen the
-    tokens that the run began with."""
+    """Saves a training when a save is due, and only if it is sound: the weights are finite, and the token
+    files are still those that the run began with."""
 
     def __init__(self, step: TrainingStep, data, saver: Saver, last: int | None):
         """last: the iteration of the checkpoint that the run goes on from, or None."""
@@ -134,7 +134,7 @@ def n_windows(data, k) -> int:
 def resume_knobs(k: TrainingKnobs, given: dict) -> TrainingKnobs:
     """The knobs of the interrupted run, from its run.json, with those given now on top.
 
-    Not from the checkpoint: what is in there never chooses a path that is read.
+    They are not taken from the checkpoint: its contents never choose a path that is read.
     """
     path = Path(k.out_dir) / RUN
     try:

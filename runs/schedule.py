@@ -22,7 +22,8 @@ def learning_rate_at(it: int, k: TrainingKnobs) -> float:
 
 
 def doubts(k: TrainingKnobs) -> list[str]:
-    """What a schedule is hardly meant to be: a warm-up that leaves no time for the rate itself."""
+    """Warnings about a schedule that is probably a mistake: a warm-up that leaves no time at the full
+    rate."""
     last = min(k.lr_decay_iters or k.max_iters, k.max_iters) - 1  # before the decay is at its end
     if not k.decay_lr or last < 0 or k.warmup_iters <= last:
         return []
