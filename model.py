@@ -335,7 +335,7 @@ class GPT(LanguageModel):
         t = self.transformer
         embedded = t.wte(idx)  # (B, T, n_embd)
         x, rotate = t.wpe(embedded, pos)
-        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded)
+        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded, embed=t.wte)
         if self.config.x0_skip:
             memory.x0 = F.rms_norm(embedded, embedded.shape[-1:])
         return t.drop(x), memory

@@ -31,15 +31,16 @@ class Memory:
     queries    of the last layer so far that asks with any, (B, n_head, T, head_size); None before the first
     tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. Both are None
                where a layer's input stands for more than one token, as in the latents of a hierarchy
+    embed      the token table: ids -> embedded
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
     """
 
-    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
+    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, embed=None):
         self.published, self.inputs = [], []
         self.queries = self.x0 = None
-        self.tokens, self.embedded = tokens, embedded
+        self.tokens, self.embedded, self.embed = tokens, embedded, embed
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
 
@@ -95,6 +96,7 @@ class Attention(Counted):
     padding = 'right'  # where padding may stand in a batch: right (no token looks there) | left | anywhere
     publishes = False  # it appends (key pieces, value pieces) to memory.published
     published_past = True  # what it publishes is of all tokens so far, not of the new ones alone
+    mixes_earlier = False  # the first layer that publishes has none before it to mix with, and is a plain one
     reads_all = False  # it reads every head of every earlier layer that publishes
     reads_tokens = False  # it reads memory.tokens or memory.embedded
 

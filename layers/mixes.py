@@ -21,6 +21,8 @@ class ValueResidualAttention(HeadPlanAttention):
     Heads that the plan lets take layer 0's values as they are mix nothing.
     """
 
+    mixes_earlier = True
+
     def __init__(self, config, place: Place, **own):
         super().__init__(config, place, **own)
         made, mixed = place.plan.values[0], place.plan.values[place.planned]
@@ -50,6 +52,7 @@ class LimeAttention(HeadPlanAttention):
     A token's mix depends on that token alone: the cache holds what is read, and layers publish new tokens.
     """
 
+    mixes_earlier = True
     published_past = False
     reads_all = True
 
@@ -85,6 +88,7 @@ class LearnedSplitAttention(HeadPlanAttention):
     Half of a head's share is the layer's own at first, the rest is spread evenly. Cache as in LimeAttention.
     """
 
+    mixes_earlier = True
     published_past = False
     reads_all = True
 
@@ -123,6 +127,11 @@ class MidpointAttention(HeadPlanAttention):
         if not 0 <= layer < config.n_layer - 1:
             raise ValueError(
                 f'midpoint(layer={layer}): from 0 to {config.n_layer - 2} of n_layer={config.n_layer}'
+            )
+        last = place.layer - place.of_word + place.n_word - 1  # of the layers of this word
+        if last <= layer:
+            raise ValueError(
+                f'midpoint(layer={layer}): none of its layers is above it; the last one is {last}'
             )
         self.source = layer if place.layer > layer else None
         if self.source is not None:

@@ -94,8 +94,7 @@ def make_attentions(config) -> list[Attention]:
     layers, planned = [], 0
     for l, ((word, i, n), kind) in enumerate(zip(words, kinds, strict=True)):
         place = Place(l, config.n_layer, i, n, plan, planned)
-        # the first that has keys and values has none before it to mix with
-        layer = HeadPlanAttention if kind.plan and planned == 0 else kind.layer
+        layer = HeadPlanAttention if kind.layer.mixes_earlier and planned == 0 else kind.layer
         own = _values(config, word, _parameters(layer))
         try:
             layers.append(layer(config, place, **own))
@@ -143,8 +142,9 @@ def _refuse_vanilla(config, words: list[Word], plan: HeadPlan):
     """Refuse a plan or a mix that comes to plain self-attention here, since it has too few layers."""
     for word in dict.fromkeys(words):
         kind, at = _kind(config, word), [l for l, other in enumerate(words) if other == word]
-        mixes = kind.layer is not HeadPlanAttention
-        if kind == Kind(plan=vanilla) or (mixes and at != [0]) or not all(plan.own(l) for l in at):
+        mixes = kind.layer.mixes_earlier
+        differs = kind.layer is not HeadPlanAttention and not (mixes and at == [0])
+        if kind == Kind(plan=vanilla) or differs or not all(plan.own(l) for l in at):
             continue
         told = f'attention={config.attention!r}: {word} comes to plain self-attention in every layer'
         for n in range(len(words) + 1, len(words) + 65):  # with layers of this word on top
