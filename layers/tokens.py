@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.contract import Memory, Place
-from layers.heads import HeadLinear, HeadPlanAttention, KVCache, attend
+from layers.heads import HeadLinear, HeadPlanAttention, KVCache, attend, attend_in_sight
 from layers.plans import HeadPlan
 
 
