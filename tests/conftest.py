@@ -15,6 +15,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny models: a second thread only slows them
 
 
+# `pytest -m fast`, a minute: modules whose tests start no process and compile nothing
+FAST = (
+    *(
+        'arms',
+        'configurator',
+        'declared',
+        'draw_plan',
+        'gated_delta',
+        'loss',
+        'model',
+        'data_reader',
+        'peers',
+    ),
+    *('pretrained', 'readme', 'records', 'spec', 'step', 'tokendata', 'tokenizer'),
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix('test_') in FAST:
+            item.add_marker('fast')
+
+
 @pytest.fixture(scope='session')
 def root():
     return ROOT
