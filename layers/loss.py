@@ -37,7 +37,7 @@ def linear_cross_entropy(
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
     N, V, device = hidden.size(0), weight.size(0), hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta tensors know no autocast
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     rows = rows or max(ROWS.get(device, ROWS['cuda']), LOGITS // V)
     if N <= rows:
