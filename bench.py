@@ -126,7 +126,7 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 
-from data.tokendata import eval_starts, get_batch, open_data
+from data.tokendata import eval_windows, get_batch, open_data
 from runs import metrics
 from runs.datasets import data_folder
 from runs.models import build, load_model
@@ -466,7 +466,7 @@ def bench_race(args) -> dict:
     if args.nanogpt:
         racers[NANOGPT[0]] = replace(k, **NANOGPT_RECIPE)
     data = open_data(data_folder(k.dataset), k.block_size)
-    windows = eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)
+    windows = eval_windows(data.splits['val'], k.block_size, k.eval_iters * k.batch_size)
     autocast = partial(autocast_for, args.device, args.dtype)
     arms, rows = {}, {name: {'curve': []} for name in racers}
 

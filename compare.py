@@ -4,7 +4,7 @@
     python compare.py results/4-cpu                      # a study that is kept here: results/4-cpu.jsonl
     python compare.py out/vanilla out/reflex_422         # any output folders of train.py
     python compare.py base=out/a new=out/b1 new=out/b2   # named: two seeds of the arm `new`
-    python compare.py results/4-cpu --insert=README.md   # also put the table between its markers there
+    python compare.py results/4-cpu --insert=docs/results.md   # also put the table between its markers there
     python compare.py out/experiments/mine --pack=results/mine  # keep all runs of a study as one text file
 
 Writes out/charts/NAME/, or charts/NAME/ for a study that is kept: loss.png, cost.png, difference.png,
@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent
 class Knobs:
     baseline: str = ''  # the arm that others are compared with; '' = vanilla, else the first
     arms: str = ''  # only these arms, separated by commas, and the baseline
-    name: str = ''  # of the comparison; '' = the name of the first folder
+    name: str = ''  # the name of the comparison; '' = that of the first folder
     out: str = ''  # the folder in which NAME/ is written; '' = charts for kept studies, else out/charts
     insert: str = ''  # a Markdown file: put the table between its markers <!-- NAME --> as well
     pack: str = ''  # results/NAME: keep the runs and their sweep as results/NAME.jsonl, do not compare them
@@ -134,6 +134,14 @@ class Compared(Arm):
             else None
         )
 
+    def accuracies(self) -> dict[str, dict[int, float]]:
+        """{what is asked for: {seed: accuracy at the last step}}; empty where the data do not ask."""
+        found = {'accuracy': self.by_seed('accuracy')} if self.by_seed('accuracy') else {}
+        for run in self.finished:
+            for name, value in run.accuracies.items():
+                found.setdefault(f'accuracy: {name}', {})[run.seed] = value
+        return found
+
     @property
     def bits_per_byte(self) -> float | None:
         """The mean validation loss in bits per byte of text; None where the data do not tell their bytes."""
@@ -164,8 +172,8 @@ class Compared(Arm):
             tokens = it * self.one.run['tokens_per_step']
             point = {'iter': it, 'tokens': tokens, 'flops': tokens * flops}
             point['seconds'] = tokens / self.speed if self.speed else None
-            for name in ('val', 'train'):
-                values = [evals[it].get(f'{name}/loss') for evals in runs.values()]
+            for name, key in {'val': 'val/loss', 'train': 'train/loss', 'accuracy': 'val/accuracy'}.items():
+                values = [evals[it].get(key) for evals in runs.values()]
                 known = None not in values
                 point[name] = statistics.fmean(values) if known else None
                 point[f'{name}_sd'] = statistics.stdev(values) if known and len(values) > 1 else 0.0
@@ -411,6 +419,10 @@ def table(c: Comparison) -> tuple[list[str], list[list[str]]]:
         row = {'arm': arm.name, 'seeds': str(n) if n == of else f'{n} of {of}'}
         row['val loss'] = spread(arm.by_seed('val_loss').values())
         row['bits per byte'] = NOTHING if bits is None else f'{bits:.4f}'
+        for asked, shares in arm.accuracies().items():
+            row[asked] = spread(shares.values())
+            others = c.base.accuracies().get(asked, {}) if c.base and not base else {}
+            row[f'{asked}, difference to {to} [95 % CI]'] = with_interval(paired(shares, others), '+.4f')
         row[f'difference to {to} [95 % CI]'] = with_interval(arm.difference, '+.4f')
         row['p (Holm)'] = probability(arm.p_holm)
         row['verdict'] = 'baseline' if base else verdict(arm)
@@ -431,8 +443,9 @@ def table(c: Comparison) -> tuple[list[str], list[list[str]]]:
         row['state per sequence'] = f'{fixed:,} B' if fixed else NOTHING
         rows.append(row)
     nothing = {NOTHING, f'{NOTHING}, {NOTHING}'}
-    shown = [name for name in rows[0] if any(row[name] not in nothing for row in rows)]
-    return shown, [[row[name] for name in shown] for row in rows]
+    fullest = max(rows, key=len)  # arms without a finished run have no accuracies
+    shown = [name for name in fullest if any(row.get(name, NOTHING) not in nothing for row in rows)]
+    return shown, [[row.get(name, NOTHING) for name in shown] for row in rows]
 
 
 def share(tokens: float | None, speedup: Difference | None = None) -> str:
@@ -489,6 +502,11 @@ def reading_guide(c: Comparison) -> str:
             'Speed is the ratio of the median tokens per second, paired by seed, with its 95 % interval; '
             'training time is that of all steps at the mean speed.'
         )
+    if any(arm.accuracies() for arm in c.arms):
+        text += (
+            ' Accuracy is the share of the asked tokens that are predicted right, at the last step; higher is'
+        )
+        text += ' better.'
     if any(arm.sweep for arm in c.arms):
         text += " At half, twice the rate: how much higher the sweep's loss is there than at its best rate."
     return text + ' FLOPs are of forward and backward pass; parameters are without position embeddings.'
@@ -602,10 +620,13 @@ def legend_below(figure, ax, columns: int):
 
 
 def draw_loss(c: Comparison):
-    figure, axes = figure_of(2, (10, 4.4))
-    for ax, y, name in zip(axes, ('train', 'val'), ('training', 'validation'), strict=True):
+    panels = {'train': 'training loss, nats per token', 'val': 'validation loss, nats per token'}
+    if any(arm.accuracies() for arm in c.arms):
+        panels['accuracy'] = 'accuracy on the asked tokens of validation'
+    figure, axes = figure_of(len(panels), (5 * len(panels), 4.4))
+    for ax, (y, label) in zip(axes, panels.items(), strict=True):
         draw_curves(ax, c, 'iter', y)
-        ax.set_ylabel(f'{name} loss, nats per token')
+        ax.set_ylabel(label)
     legend_below(figure, axes[1], 5)
     return figure
 

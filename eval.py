@@ -60,13 +60,13 @@ from tqdm import tqdm
 
 from data.files import CorpusError
 from data.sources import read_text
-from data.tokendata import eval_batch, open_data
+from data.tokendata import Examples, eval_batch, eval_windows, open_data
 from data.tokenizer import from_spec
 from layers.loss import linear_cross_entropy
 from model import GPT
 from runs import pretrained
-from runs.checkpoint import write_text
 from runs.datasets import bytes_per_token, data_folder
+from runs.files import write_text
 from runs.knobs import check_threads
 from runs.models import load_model
 from runs.system import autocast_for, pick_device, pick_dtype
@@ -98,8 +98,12 @@ def windows(n_tokens: int, window: int, stride: int) -> tuple[np.ndarray, np.nda
 
 @torch.no_grad()
 def loss_on(model: GPT, tokens, window: int, stride: int, batch_size: int, device: str, autocast) -> float:
-    """Mean nats per token of tokens (N,) but the first, each predicted once; see the top of this file."""
-    starts, skip = windows(len(tokens), window, stride)
+    """Mean nats per token of tokens (N,) but the first, each predicted once; see the top of this file. Of
+    examples, those that are asked for."""
+    if isinstance(tokens, Examples):
+        starts, skip = eval_windows(tokens, window, 0)
+    else:
+        starts, skip = windows(len(tokens), window, stride)
     real = model.lm_head.weight[: model.config.vocab_used or None]
     total = count = 0
     batch_size = min(batch_size, len(starts))
@@ -155,18 +159,25 @@ def measure(
     if len(tokens) < 2:
         raise ConfigError(f'{what} has {len(tokens)} tokens: at least 2 are needed to predict one')
     window = min(k.window or model.config.block_size, len(tokens) - 1)
-    stride = min(k.stride or window, window)
+    stride, n_targets = min(k.stride or window, window), len(tokens) - 1
+    if isinstance(tokens, Examples):
+        if window != tokens.size - 1 or k.stride:
+            raise ConfigError(
+                f'{what} consists of examples of {tokens.size} tokens, each of which is a window: leave out '
+                f'window and stride, and take a model of block_size={tokens.size - 1}'
+            )
+        n_targets = len(tokens) // tokens.size * int(tokens.counts.sum())
     loss = loss_on(model, tokens, window, stride, k.batch_size, device, autocast)
     if not math.isfinite(loss):
         raise ConfigError(f'{what}: the loss is {loss}; try --dtype=float32, or the weights are ruined')
     return {
         'data': what,
-        'tokens': len(tokens) - 1,
+        'tokens': n_targets,
         'window': window,
         'stride': stride,
         'loss': loss,
         'perplexity': math.exp(min(loss, 700)),  # the largest that a float holds
-        'bits_per_byte': loss * (len(tokens) - 1) / n_bytes / math.log(2) if n_bytes else None,
+        'bits_per_byte': loss * n_targets / n_bytes / math.log(2) if n_bytes else None,
     }
 
 

@@ -45,7 +45,7 @@ from pathlib import Path
 
 from configurator import ConfigError, configure, divide, run_program
 from runs import knobs as training
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import data_folder, prepare_own
 from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
 from runs.records import (
     METRICS,
@@ -239,25 +239,25 @@ OWN = ('minutes', 'keep_checkpoints', 'wandb_log', 'status', 'out', 'go_on')
 @dataclass(frozen=True)
 class Knobs:
     # what is run
-    scale: str = ''  # paper: as published, for a GPU | cpu: over night | short: an evening | minutes: ten
-    seeds: int = 0  # seeds that the arms are compared on, 0, 1, …; 0 = as many as the scale says (5)
-    jobs: int = 1  # runs side by side; if several, with one CPU thread each
-    arms: str = ''  # only these, separated by commas
+    scale: str = ''  # paper (as published, for a GPU) | cpu (a night) | short (an evening) | minutes (ten)
+    seeds: int = 0  # how many seeds the arms are compared on: 0, 1, …; 0 = as many as the scale says
+    jobs: int = 1  # runs side by side; if there are several, each has one CPU thread
+    arms: str = ''  # only these arms, separated by commas
     equal: str = 'steps'  # what all arms get: steps | flops | seconds (by the runs of equal steps)
     # learning rates
     learning_rate: float | None = None  # for all arms, instead of a sweep
-    rates: str = ''  # that the sweep begins with, separated by commas; '' = those of the scale
+    rates: str = ''  # the rates that the sweep begins with, separated by commas; '' = those of the scale
     sweep_seeds: int = 2  # seeds per rate of the sweep, from 1000 on
     sweep_iters: int = 0  # steps of a run of the sweep; 0 = half of max_iters, at paper scale a quarter
-    pick: str = 'parabola'  # the rate by the sweep: parabola (its lowest point) | best (the best one swept)
+    pick: str = 'parabola'  # how the sweep chooses: parabola (its lowest point) | best (the best rate swept)
     # the rest
     minutes: float = 0.0  # stop in good order after so long; 0 = never
-    keep_checkpoints: bool = False  # those of finished runs too
+    keep_checkpoints: bool = False  # keep the checkpoints of finished runs too
     wandb_log: bool = False  # log to wandb: a group per arm
-    name: str = ''  # of the study and its folder; '' = EXPERIMENT-SCALE, or that of go_on
+    name: str = ''  # the name of the study and its folder; '' = EXPERIMENT-SCALE, or that of go_on
     out: str = 'out/experiments'  # the folder in which NAME/ is made
     go_on: str = ''  # results/NAME: a kept study, whose runs count as done
-    status: bool = False  # tell what is done, and stop
+    status: bool = False  # tell what is done, runs, waits and failed, and stop
 
     def __post_init__(self):
         choices = {'scale': SCALES, 'equal': ('steps', 'flops', 'seconds'), 'pick': ('parabola', 'best')}
@@ -281,7 +281,7 @@ class Knobs:
 
 
 @cache
-def resolve(arguments: tuple):
+def resolve(arguments: tuple) -> training.Knobs:
     """The knobs that train.py makes of its arguments; ConfigError where it would refuse them."""
     files = [str(ROOT / a) if a.endswith('.py') and not a.startswith('--') else a for a in arguments]
     knobs = configure(training.Knobs, files).knobs
@@ -298,7 +298,7 @@ class Job:
     out: Path  # train.py's out_dir
 
     @property
-    def knobs(self) -> Knobs:
+    def knobs(self) -> training.Knobs:
         return resolve(self.arguments)
 
     def __str__(self):
@@ -760,7 +760,7 @@ def check_data(plan: Plan) -> str:
     from data.tokendata import open_data
 
     folder = data_folder(plan.dataset)
-    prepare_stdlib(folder)
+    prepare_own(folder)
     block_size = max(plan.job('', arm, 0, 1e-3).knobs.block_size for arm in plan.arms)
     vocab_size = plan.job('', plan.arms[0], 0, 1e-3).knobs.vocab_size
     return open_data(folder, block_size, vocab_size or None).fingerprint

@@ -1,10 +1,10 @@
-"""The hierarchical transformer: groups of tokens become a few latents, a deep stack works on those, decoders
-bring the length back, with skip connections, as in a U-net.
+"""The hierarchical transformer. It turns groups of tokens into a few latents, runs a deep stack on the
+latents, and decodes them back to the full length with skip connections, as a U-net does.
 
-A sequence is `groups` groups of K_0 tokens. Level i makes K_i latents of a group out of K_{i-1}, and every
-one of them is at a token of the group: latent j of K_i is at its token K_0 - K_i + j, and has seen nothing
-after it. So everything is causal, and new tokens can be computed one by one: generation keeps the keys and
-values of all lengths, those inside of a group only until the group is finished.
+A sequence consists of `groups` groups of K_0 tokens. Level i turns the K_{i-1} latents of a group into K_i,
+and each of them stands at a token of the group: latent j of K_i stands at token K_0 - K_i + j and has seen
+nothing after it. So the whole model is causal, and new tokens can be computed one by one. Generation keeps
+the keys and values of every length; those inside a group are kept only until the group is complete.
 
     wte, wpe.0                    tokens (B, T, d_0)
     encoder.i  compress, stage    (B, g * K_{i-1}, d_{i-1}) -> (B, g * K_i, d_i), for i = 1 … n
@@ -42,7 +42,7 @@ LATENT_WARMUP = 0.2  # of training: the weight of the latent loss rises to its c
 
 
 def parse_numbers(name: str, text: str, least: int) -> list[int]:
-    """'64-128' -> [64, 128]; ValueError where one of them is no number, or below least."""
+    """'64-128' -> [64, 128]. Raises ValueError if one of them is not a number, or is below `least`."""
     parts = text.split('-')
     if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise ValueError(f"{name}={text!r}: write numbers from {least} on joined by '-', such as '2-1'")
@@ -51,9 +51,8 @@ def parse_numbers(name: str, text: str, least: int) -> list[int]:
 
 @dataclass(frozen=True)
 class HierarchyConfig(HierarchyShape, GPTConfig):
-    """The fields of GPTConfig describe the latent stack (and vocabulary, dropout, kinds of blocks of all);
-    those of
-    HierarchyShape the way there and back. What does not fit together is refused here."""
+    """The fields of GPTConfig describe the latent stack (and the vocabulary, dropout and kinds of all
+    blocks); those of HierarchyShape the way there and back. What does not fit together is refused here."""
 
     def __post_init__(self):
         GPTShape.__post_init__(self)
@@ -132,17 +131,17 @@ class HierarchyConfig(HierarchyShape, GPTConfig):
 
     @property
     def group_size(self) -> int:
-        """Tokens of a group."""
+        """The number of tokens in a group."""
         return self.block_size // self.groups
 
     @cached_property
     def lengths(self) -> list[int]:
-        """[K_0, K_1, … K_n]: tokens and latents of a group."""
+        """[K_0, K_1, … K_n]: how many tokens, then latents of level 1, 2, …, a group has."""
         return [self.group_size, *parse_numbers('latents', self.latents, 1)]
 
     @cached_property
     def level_widths(self) -> list[int]:
-        """[d_0, d_1, … d_n]"""
+        """[d_0, d_1, … d_n]: the width of tokens, then of the latents of level 1, 2, …"""
         return parse_numbers('widths', self.widths, 1)
 
     @property
@@ -151,11 +150,11 @@ class HierarchyConfig(HierarchyShape, GPTConfig):
 
     @property
     def plain_blocks(self) -> int:
-        """Blocks of the latent stack that are no multi-channel ones, which follow the head plan."""
+        """How many blocks of the latent stack are ordinary ones; the head plan covers those."""
         return self.n_layer - (self.n_layer // self.channel_every if self.channels > 1 else 0)
 
     def blocks_at(self, name: str) -> list[int]:
-        """How many local_blocks or global_blocks there are at every length r."""
+        """How many local_blocks or global_blocks there are at each length r."""
         text = getattr(self, name)
         numbers = parse_numbers(name, text, 0)
         if len(numbers) not in (1, self.levels + 1):
@@ -166,24 +165,25 @@ class HierarchyConfig(HierarchyShape, GPTConfig):
         return numbers if len(numbers) > 1 else numbers * (self.levels + 1)
 
     def at(self, r: int, **changes) -> GPTConfig:
-        """Of a plain block at length r, as a GPT's, whose block_size is the whole sequence there."""
+        """The config of an ordinary block at length r. Its block_size is the whole sequence at that
+        length."""
         own = {f.name: getattr(self, f.name) for f in fields(GPTConfig)}
         own |= {'n_layer': 1, 'attention': 'vanilla', 'n_embd': self.level_widths[r]}
         return GPTConfig(**{**own, 'block_size': self.groups * self.lengths[r], **changes})
 
     def stack(self) -> GPTConfig:
-        """Of the latent stack's plain blocks."""
+        """The config of the latent stack's ordinary blocks."""
         n = self.plain_blocks
         planned = {'n_layer': n, 'attention': self.attention} if n else {}
         return self.at(self.levels, **planned)
 
 
 class Piece:
-    """A stretch of tokens in one forward pass, and what it is at every length r: whole groups, or a part of
-    one group. Gives positions and generation state to whoever computes on it."""
+    """The tokens of one forward pass, and what they are at each length r: whole groups, or part of one
+    group. It gives positions and generation state to the modules that compute on it."""
 
     def __init__(self, config: HierarchyConfig, start: int, T: int, device, cache: HierarchyCache | None):
-        """T tokens after `start` others; they end with a group, or within the one they begin in."""
+        """T tokens that follow `start` others. They end where a group ends, or in the group they begin in."""
         self.device, self.cache = device, cache
         K = config.lengths
         group, first = divmod(start, K[0])
@@ -197,17 +197,17 @@ class Piece:
         self.before = [group * k for k in K]  # latents of the groups before
 
     def inside(self, r: int):
-        """Positions in the group, (1, end - begin)."""
+        """The positions within the group, (1, end - begin)."""
         return torch.arange(self.begin[r], self.end[r], device=self.device)[None]
 
     def across(self, r: int):
-        """Positions in the sequence, (1, groups * (end - begin))."""
+        """The positions within the sequence, (1, groups * (end - begin))."""
         first = self.before[r] + self.begin[r]
         last = first + self.groups * (self.end[r] - self.begin[r])
         return torch.arange(first, last, device=self.device)[None]
 
     def split(self, x):
-        """(B, groups * K, C) -> (B * groups, K, C): groups are sequences of their own."""
+        """(B, groups * K, C) -> (B * groups, K, C): each group becomes a sequence of its own."""
         return x.unflatten(1, (self.groups, -1)).flatten(0, 1) if self.groups > 1 else x
 
     def join(self, x):
@@ -215,19 +215,19 @@ class Piece:
         return x.unflatten(0, (-1, self.groups)).flatten(1, 2) if self.groups > 1 else x
 
     def state(self, attn, B: int, size: int):
-        """An attention's state for `size` positions of the whole sequence; None without generation."""
+        """The state of an attention over the whole sequence, of `size` positions; None outside generation."""
         return None if self.cache is None else self.cache.state(self.cache.of_all, attn, B, size)
 
     def state_inside(self, attn, B: int, size: int):
-        """An attention's state for the `size` positions of a group; None where groups are whole."""
+        """The state of an attention inside the group, of `size` positions; None where groups are whole."""
         unfinished = self.cache is not None and not self.whole
         return self.cache.state(self.cache.of_group, attn, B, size) if unfinished else None
 
 
 class HierarchyCache(Cache):
-    """What generation carries from call to call: the states of attentions over the whole sequence; of those
-    inside the group at hand, until it is finished; and of each decoder level the latents that it brings
-    back, projected: (B, K_i to 2 K_i, d_{i-1}) of the last finished group and of the one at hand."""
+    """What generation carries from call to call: the states of the attentions over the whole sequence; the
+    states of those inside the current group, until it is complete; and for each decoder level the
+    projected latents of the last complete group and of the current one, (B, K_i to 2 K_i, d_{i-1})."""
 
     rewinds = False
 
@@ -248,8 +248,8 @@ class HierarchyCache(Cache):
 
 
 class CrossAttention(nn.Module):
-    """Causal attention inside groups of queries of one stream to keys and values of another, of d_in numbers
-    each; queries stand where the last keys do. Heads and output have the config's width."""
+    """Causal attention inside groups: queries of one stream read keys and values of another, both d_in
+    wide. The queries stand at the positions of the last keys. Heads and output have the config's width."""
 
     def __init__(self, d_in: int, config: GPTConfig):
         super().__init__()
@@ -279,26 +279,26 @@ class CrossAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def new_cache(self, B, max_len, device, dtype) -> KVCache:
-        """Empty state for generation: B groups of at most max_len tokens."""
+        """Empty generation state for B groups of at most max_len tokens."""
         return KVCache(B, self.n_head, self.n_head, max_len, self.head_size, device, dtype)
 
     def cache_bytes_per_token(self, itemsize: int) -> int:
         return 2 * self.n_head * self.head_size * itemsize
 
     def flops(self, n: int, m: int) -> int:
-        """Forward FLOPs of n queries and m keys."""
+        """Forward FLOPs for n queries and m keys."""
         product = 2 * 2 * n * m * self.n_head * self.head_size
         return product + n * (flops(self.c_q, 0) + flops(self.c_proj, 0)) + m * flops(self.c_kv, 0)
 
 
 def inside_groups(block: Block, x, piece: Piece, r: int, config: GPTConfig, size: int):
-    """A block on x (B, groups * K, C) that sees no more than its group."""
+    """Run a block on x (B, groups * K, C) so that no group sees another."""
     rotate = POSITIONS[config.position].rotation(piece.inside(r), config.head_size)
     return piece.join(block(piece.split(x), Memory(rotate), piece.state_inside(block.attn, x.size(0), size)))
 
 
 class Perceiver(nn.Module):
-    """A group's last K_i tokens ask all of its tokens up to themselves, and become its latents."""
+    """The last K_i tokens of a group attend to all of its tokens up to themselves and become its latents."""
 
     def __init__(self, config: HierarchyConfig, i: int):
         super().__init__()
@@ -321,7 +321,7 @@ class Perceiver(nn.Module):
         return piece.join(y + self.mlp(self.ln_2(y)))
 
     def flops(self, n: int, m: int) -> int:
-        """Forward FLOPs of a group's m tokens that become n latents."""
+        """Forward FLOPs for a group whose m tokens become n latents."""
         return self.attn.flops(n, m) + n * (flops(self.widen, 0) + flops(self.mlp, 0))
 
     def state_bytes(self, itemsize: int) -> int:
@@ -329,7 +329,7 @@ class Perceiver(nn.Module):
 
 
 class GroupTransformer(nn.Module):
-    """Causal blocks inside the group; its last K_i tokens are then its latents."""
+    """Causal blocks run inside the group; then its last K_i tokens are its latents."""
 
     def __init__(self, config: HierarchyConfig, i: int):
         super().__init__()
@@ -356,7 +356,7 @@ COMPRESSIONS = {'perceiver': Perceiver, 'transformer': GroupTransformer}
 
 
 def make_blocks(config: GPTConfig, n: int) -> nn.ModuleList:
-    """n blocks, each alone."""
+    """n blocks that share nothing with one another."""
     return nn.ModuleList([Block(config, *make_attentions(config)) for _ in range(n)])
 
 
@@ -397,7 +397,7 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Level i on the way down: from K_{i-1} to K_i per group."""
+    """Level i on the way down: it turns K_{i-1} positions per group into K_i."""
 
     def __init__(self, config: HierarchyConfig, i: int):
         super().__init__()
@@ -422,8 +422,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Level i on the way up: from K_i to K_{i-1} per group. Its last K_i positions get the group's latents,
-    those before them the previous group's, repeated, the nearest last."""
+    """Level i on the way up: it turns K_i positions per group into K_{i-1}. The last K_i positions get the
+    group's own latents. Those before them get the previous group's latents, repeated, with the nearest one
+    last."""
 
     def __init__(self, config: HierarchyConfig, i: int):
         super().__init__()
@@ -534,7 +535,7 @@ class Hierarchy(LanguageModel):
         self.finish(seed)
 
     def make_stack(self) -> list[nn.Module]:
-        """The blocks of the latent stack: a head plan counts the plain ones alone."""
+        """The blocks of the latent stack. A head plan counts only the ordinary ones."""
         c = self.config
         attentions = iter(make_attentions(self.stack))
         every = c.channel_every if c.channels > 1 else c.n_layer + 1
@@ -544,7 +545,7 @@ class Hierarchy(LanguageModel):
         ]
 
     def describe(self) -> str:
-        """What shapes do not tell, a line each."""
+        """What the shapes of the weights do not tell, one line each."""
         c, t = self.config, self.transformer
         of_all = 'norm mlp position qk_norm groups group_size latents compression'.split()
         of_all += 'block_order upsample skip dense'.split()
@@ -634,7 +635,7 @@ class Hierarchy(LanguageModel):
         return torch.cat(done, dim=1)
 
     def forward(self, idx, targets=None, progress=None):
-        """As LanguageModel.forward; with progress, the latent loss is added, its weight warmed up over the
+        """As LanguageModel.forward. With progress, the latent loss is added. Its weight ramps up over the
         first fifth of training: 1 - cosine between each latent that enters the stack, held fixed, and a
         linear map of what the stack made of the one before."""
         if targets is None or progress is None or not self.config.latent_loss:
@@ -652,7 +653,7 @@ class Hierarchy(LanguageModel):
         return None, loss + weight * (1 - cosine).mean()
 
     def flops_by_part(self, T: int | None = None, backward: bool = True) -> dict[str, float]:
-        """FLOPs per token of each part; see flops_per_token."""
+        """FLOPs per token of each part of the model; see flops_per_token."""
         c, t = self.config, self.transformer
         T = T or c.block_size
         groups = -(-T // c.group_size)
@@ -666,12 +667,14 @@ class Hierarchy(LanguageModel):
         return per_token | {'head': both * flops(self.lm_head, 0)}
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
-        """FLOPs per token of one pass over sequences of T tokens (default block_size), as `flops` counts: by
-        the positions that each part works on. A last group that is not full costs a full one."""
+        """FLOPs per token of one pass over sequences of T tokens (default block_size), counted as `flops`
+        does, at the number of positions that each part works on. An incomplete last group costs as much as a
+        full
+        one."""
         return sum(self.flops_by_part(T, backward).values())
 
     def cache_bytes_per_token(self, itemsize: int = 2) -> int:
-        """Bytes of generation state that one more token costs on average (itemsize 2: bf16)."""
+        """Bytes of generation state that one more token costs on average (itemsize 2 is bf16)."""
         t = self.transformer
         latent = sum(block.attn.cache_bytes_per_token(itemsize) for block in t.h)
         stages = [level.stage for level in [*t.encoder.values(), *t.decoder.values()]]
@@ -679,7 +682,7 @@ class Hierarchy(LanguageModel):
         return round(per_group / self.config.group_size)
 
     def state_bytes(self, itemsize: int = 2) -> int:
-        """Bytes of generation state of one sequence that do not grow with its groups, at most."""
+        """The most bytes of generation state of one sequence that do not grow with the number of groups."""
         t = self.transformer
         levels = sum(level.state_bytes(itemsize) for level in [*t.encoder.values(), *t.decoder.values()])
         return levels + sum(block.attn.state_bytes(itemsize) for block in t.h)

@@ -141,6 +141,12 @@ def flops(module: nn.Module, T: int, backward: bool = False) -> float:
     return total
 
 
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The generator that draws the initial values of a tensor of this name, and of no other."""
+    digest = hashlib.sha256(f'{seed} {name}'.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+
+
 class LanguageModel(nn.Module):
     """What all models share: initial values, loss, optimizer, sampling.
 
@@ -149,7 +155,10 @@ class LanguageModel(nn.Module):
         hidden(idx, cache)   token ids (B, T) -> what the head reads (B, T, C)
         new_cache(B)         empty generation state for B sequences
         describe(), summary(), parts(), flops_per_token(), cache_bytes_per_token(), state_bytes()
+    apart: how the names of those weights begin that a checkpoint leaves to files of their own
     """
+
+    apart: tuple[str, ...] = ()
 
     def finish(self, seed: int | None):
         """Called at the end of a model's constructor: the head, and all initial values."""
@@ -166,8 +175,7 @@ class LanguageModel(nn.Module):
         if self.lm_head.weight.is_meta:
             return
         for name, module in self.named_modules():
-            digest = hashlib.sha256(f'{seed} {name}'.encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
+            generator = generator_of(seed, name)
             if hasattr(module, 'init_own'):  # parameters beside those of torch's layers
                 module.init_own(generator)
             if not isinstance(module, (nn.Linear, nn.Embedding)):
@@ -304,6 +312,16 @@ class GPT(LanguageModel):
         padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
         which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
         """
+        x, memory = self.embed(idx, cache, pos, real)
+        for i in range(len(self.transformer.h)):
+            x = self.block(i, x, memory, cache)
+        if cache is not None:
+            cache.length += idx.size(1)
+        return self.transformer.ln_f(x)
+
+    def embed(self, idx, cache: Cache | None = None, pos=None, real=None):
+        """Arguments as of hidden -> (the stream that the first block reads (B, T, n_embd), the Memory that
+        the blocks of this pass share). The cache is not advanced."""
         _, T = idx.shape
         start = cache.length if cache is not None else 0
         if start + T > self.context_limit:
@@ -315,16 +333,17 @@ class GPT(LanguageModel):
         t = self.transformer
         embedded = t.wte(idx)  # (B, T, n_embd)
         x, rotate = t.wpe(embedded, pos)
-        x = t.drop(x)
         memory = Memory(rotate, real, T, tokens=idx, embedded=embedded)
-        x0 = F.rms_norm(embedded, embedded.shape[-1:]) if self.config.x0_skip else None
-        for i, block in enumerate(t.h):
-            if x0 is not None:
-                x = t.of_stream[i] * x + t.of_token[i] * x0
-            x = block(x, memory, cache.layers[i] if cache is not None else None)
-        if cache is not None:
-            cache.length += T
-        return t.ln_f(x)
+        if self.config.x0_skip:
+            memory.x0 = F.rms_norm(embedded, embedded.shape[-1:])
+        return t.drop(x), memory
+
+    def block(self, i: int, x, memory: Memory, cache: Cache | None = None):
+        """Block i on the stream x (B, T, n_embd) -> the stream after it; memory: as embed made it."""
+        t = self.transformer
+        if memory.x0 is not None:
+            x = t.of_stream[i] * x + t.of_token[i] * memory.x0
+        return t.h[i](x, memory, cache.layers[i] if cache is not None else None)
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
         """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""

@@ -46,7 +46,7 @@ from runs.ranks import (
 from runs.resume import Keeper, restore
 from runs.schedule import doubts, learning_rate_at
 from runs.start import claimed, open_all, read_knobs
-from runs.step import TrainingStep, evaluate, share_of
+from runs.step import TrainingStep, accuracies, evaluate, share_of
 from runs.system import set_up
 from runs.text import print_sample
 
@@ -113,14 +113,16 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
                 if losses is None:
                     stop.agreed = True  # the resumed run evaluates here
                 else:
-                    say(f'iter {it:>6}: train {losses["train"]:.4f}, val {losses["val"]:.4f}')
+                    found = accuracies(step, data.splits['val'])
+                    told = f', accuracy {found["val/accuracy"]:.1%}' if found else ''
+                    say(f'iter {it:>6}: train {losses["train"]:.4f}, val {losses["val"]:.4f}{told}')
                     if not all(map(math.isfinite, losses.values())):
                         what = f'the evaluation gives {losses}'
                         raise TrainingError(f'iteration {it}: {what}. {keeper.go_back()}')
                     fresh, evaluated, best = True, True, losses['val'] < best_val_loss
                     best_val_loss = min(best_val_loss, losses['val'])
                     values = {'iter': it, 'train/loss': losses['train'], 'val/loss': losses['val']}
-                    record.log(values, seconds)
+                    record.log(values | found, seconds)
             if keeper.due(it, fresh, end=done or stop.agreed):
                 keeper.save(it, evaluated, best_val_loss, seconds, watches, best)
             if done or stop.agreed:
@@ -166,7 +168,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
         say(f'stopped by {stop.reason or "another rank"} at iteration {it}; go on with --init_from=resume')
     elif k.sample_tokens and group.main and data.tokenizer_spec:
         say(f'--- a sample of {k.sample_tokens} tokens (more: python sample.py --out_dir={k.out_dir})')
-        print_sample(model, data, k.sample_tokens, k.seed, device)
+        print_sample(model, data, k, device)
     if group.ddp:
         dist.destroy_process_group()
         leave(0)

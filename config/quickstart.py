@@ -16,4 +16,5 @@ log_interval = 50
 eval_interval = 150
 eval_iters = 10
 sample_tokens = 200
+sample_start = 'def main('
 compile = False

@@ -5,6 +5,9 @@ uint32 where the vocabulary needs it) and `meta.json`, which describes them. A s
 files, `train_000.bin`, `train_001.bin` and so on, which are read as one. `open_data` trusts none of it: it
 compares every file with meta.json once, and an error is one line that names the file, what it holds, what was
 expected and the fix.
+
+A data set may consist of examples of equal length, of which only some tokens are asked for (the diagnostics
+do): then meta.json has an `example`, a window is an example, and the other targets do not count.
 """
 
 import hashlib
@@ -66,6 +69,14 @@ SPLIT_SHAPE = Object(
     },
     closed=True,
 )
+EXAMPLE_SHAPE = Object(
+    {
+        'tokens': Whole(2),  # of an example: block_size + 1
+        # the name of a group -> the places in an example (from 0) of the tokens that are asked for
+        'asked': Table(Text(r'[^\s/]+', 'a word'), List(Whole(1), least=1)),
+    },
+    closed=True,
+)
 META_SHAPE = Object(
     {
         'format': OneOf(FORMAT),
@@ -79,6 +90,7 @@ META_SHAPE = Object(
         'source': Anything(),
         'command': Either(LINE, Null()),
         'job': LINE,
+        'example': EXAMPLE_SHAPE,
     },
 )
 JOB_SHAPE = Object({'job': LINE}, optional={'command': Either(LINE, Null())})
@@ -151,13 +163,33 @@ class Shards:
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
 
-Tokens = NDArray[Any] | Shards  # (n_tokens,) of uint16 or uint32
+class Examples:
+    """The tokens of a split of examples of equal length: `len`, `[i]` and `[start:stop]`."""
+
+    def __init__(self, tokens: NDArray[Any] | Shards, size: int, asked: Mapping[str, Sequence[int]]) -> None:
+        """size: tokens of an example. asked: name of a group -> places in an example, from 1 to size - 1, of
+        the tokens that are asked for."""
+        self.tokens, self.size = tokens, size
+        self.asked = {name: sorted(places) for name, places in asked.items()}
+        self.dtype: np.dtype[Any] = tokens.dtype
+        places = [place - 1 for group in self.asked.values() for place in group]
+        self.counts = np.zeros(size - 1, dtype=bool)  # of the targets of a window, which are one token ahead
+        self.counts[places] = True
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, key: slice | int) -> Any:
+        return self.tokens[key]
+
+
+Tokens = NDArray[Any] | Shards | Examples  # (n_tokens,) of uint16 or uint32
 
 
 @dataclass(frozen=True)
 class TokenData:
     folder: Path
-    splits: dict[str, Tokens]  # name -> (n_tokens,), read-only: an np.memmap, or Shards of them
+    splits: dict[str, Tokens]  # name -> (n_tokens,), read-only: an np.memmap, Shards of them, or Examples
     meta: Meta  # the content of meta.json; {} for a plain .bin
     vocab_size: int
     tokenizer_spec: Spec | None  # complete: tokenizer.from_spec builds the tokenizer from it
@@ -216,6 +248,9 @@ def open_data(
     if not 1 <= vocab_size <= LARGEST:
         raise DataError(f'vocab_size={vocab_size}: a vocabulary has from 1 to {LARGEST:,} ids')
     dtype = DTYPES[meta.get('dtype') or dtype_for(vocab_size)]
+    example = meta.get('example')
+    if example is not None:
+        _check_example(folder, meta, block_size, fix)
     names = list(meta['splits']) if meta else [s for s in SPLITS if (folder / f'{s}.bin').exists()]
     for name in ('train', 'val'):
         if name not in names:
@@ -242,8 +277,11 @@ def open_data(
     content: dict[str, Any] = {}  # the SHA-256 of each split, or those of its shards
     for name, parts in files_of.items():
         one = len(parts) == 1
-        splits[name] = maps[f'{name}.bin'] if one else Shards([maps[part] for part in parts])
+        tokens = maps[f'{name}.bin'] if one else Shards([maps[part] for part in parts])
+        splits[name] = tokens if example is None else Examples(tokens, example['tokens'], example['asked'])
         content[name] = hashes[f'{name}.bin'] if one else [hashes[part] for part in parts]
+    if example is not None:
+        content['example'] = example
     return TokenData(
         folder=folder,
         splits=splits,
@@ -362,6 +400,27 @@ def _check_block_size(path: Path, tokens: int, block_size: int | None) -> None:
         )
 
 
+def _check_example(folder: Path, meta: Meta, block_size: int | None, fix: str) -> None:
+    """Check that the splits consist of whole examples, and that a window is one of them."""
+    size, asked = meta['example']['tokens'], meta['example']['asked']
+    for name, split in meta['splits'].items():
+        if split['tokens'] % size:
+            raise DataError(
+                f'{folder / META}: splits.{name} has {split["tokens"]:,} tokens, not a whole number of '
+                f'examples of {size}: {fix}'
+            )
+    places = [place for group in asked.values() for place in group]
+    if not places or max(places) >= size or len(set(places)) < len(places):
+        raise DataError(
+            f'{folder / META}: example.asked needs places from 1 to {size - 1}, each of them once: {fix}'
+        )
+    if block_size is not None and block_size != size - 1:
+        raise DataError(
+            f'{folder} consists of examples of {size} tokens, each of which is a window, but block_size is '
+            f'{block_size}: take block_size={size - 1}'
+        )
+
+
 def _verify(
     folder: Path,
     files: Mapping[str, IO[bytes]],
@@ -460,39 +519,63 @@ def _write_stamps(folder: Path, stamps: Mapping[str, Any]) -> None:
 # and neither the number of ranks nor the evaluation nor the architecture changes what a step trains on.
 
 
-def batch_starts(n_tokens: int, seed: int, step: int, micro: int, batch_size: int, block_size: int) -> Int64s:
+def batch_starts(
+    n_tokens: int, seed: int, step: int, micro: int, batch_size: int, block_size: int, every: int = 1
+) -> Int64s:
     """Where the windows of one micro-batch start: (batch_size,), uniform over the split, with replacement.
 
-    micro counts the micro-batches of a step over all ranks. SeedSequence is used as a hash of its arguments:
-    numpy promises its output for good, which it does not for the distributions of its generators. The memory
-    does not depend on n_tokens.
+    micro counts the micro-batches of a step over all ranks; every: windows start at multiples of it.
+    SeedSequence is used as a hash of its arguments: numpy promises its output for good, which it does not for
+    the distributions of its generators. The memory does not depend on n_tokens.
     """
     draws = np.random.SeedSequence([seed, step, micro]).generate_state(batch_size, np.uint64)
-    starts: Int64s = (draws % np.uint64(n_tokens - block_size)).astype(np.int64)
-    return starts
+    starts: Int64s = (draws % np.uint64(-(-(n_tokens - block_size) // every))).astype(np.int64)
+    return starts * every
+
+
+def _every(tokens: Tokens) -> int:
+    """Windows of the split start at multiples of this."""
+    return tokens.size if isinstance(tokens, Examples) else 1
 
 
 def get_batch(
     tokens: Tokens, seed: int, step: int, micro: int, batch_size: int, block_size: int
 ) -> tuple[Int64s, Int64s]:
-    """One micro-batch of a split: int64 arrays x and y (batch_size, block_size), y one token ahead of x."""
-    starts = batch_starts(len(tokens), seed, step, micro, batch_size, block_size)
+    """One micro-batch of a split: int64 arrays x and y (batch_size, block_size), y one token ahead of x, -1
+    where it does not count."""
+    starts = batch_starts(len(tokens), seed, step, micro, batch_size, block_size, _every(tokens))
     return read_windows(tokens, starts, block_size)
 
 
 def read_windows(tokens: Tokens, starts: Int64s, block_size: int) -> tuple[Int64s, Int64s]:
-    """The windows at `starts` (n,): int64 arrays x and y (n, block_size), y one token ahead of x."""
+    """The windows at `starts` (n,): int64 arrays x and y (n, block_size), y one token ahead of x, -1 where it
+    does not count."""
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
-    return rows[:, :-1].copy(), rows[:, 1:].copy()  # copies: masking targets must leave the inputs alone
+    x, y = rows[:, :-1].copy(), rows[:, 1:].copy()  # copies: masking targets must leave the inputs alone
+    if isinstance(tokens, Examples):
+        y[:, ~tokens.counts] = -1
+    return x, y
 
 
-def eval_starts(n_tokens: int, block_size: int, n_windows: int) -> tuple[Int64s, Int64s]:
+def eval_windows(tokens: Tokens, block_size: int, n_windows: int) -> tuple[Int64s, Int64s]:
+    """The fixed windows of an evaluation of a split, as of `eval_starts`."""
+    return eval_starts(len(tokens), block_size, n_windows, _every(tokens))
+
+
+def eval_starts(n_tokens: int, block_size: int, n_windows: int, every: int = 1) -> tuple[Int64s, Int64s]:
     """The fixed windows of an evaluation: their starts (n,), and how many leading targets of each do not
     count (n,).
 
     n_windows are spaced evenly over the split; 0, or more than there are, means the whole split: every token
     except the first is a target once (the last window overlaps the one before it, and counts only its end).
+    every: windows start at multiples of it, which follow each other without overlap if it is not 1.
     """
+    if every > 1:
+        n_whole = n_tokens // every
+        if n_windows == 0 or n_windows > n_whole:
+            n_windows = n_whole
+        starts = np.arange(n_windows) * (n_whole - 1) // max(1, n_windows - 1) * every
+        return starts, np.zeros(n_windows, dtype=np.int64)
     n_targets = n_tokens - 1
     n_whole = -(-n_targets // block_size)
     if n_windows == 0 or n_windows >= n_whole:

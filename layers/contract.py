@@ -31,15 +31,18 @@ class Memory:
 
     published  one entry per layer so far that publishes: its keys and values, which later layers may read
     inputs     x of every layer so far, (B, T, n_embd) each
+    queries    of the last layer so far that asks with any, (B, n_head, T, head_size); None before the first
     tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. None where a
     layer's
                input stands for more than one token, as in the latents of a hierarchy
+    x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
     """
 
     def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
         self.published, self.inputs = [], []
+        self.queries = self.x0 = None
         self.tokens, self.embedded = tokens, embedded
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None

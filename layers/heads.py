@@ -57,7 +57,8 @@ DROPOUT_BLOCK = 256  # queries at a time in causal attention with dropout on CPU
 def attend(q, k, v, mask=None, dropout_p=0.0):
     """Attention of q (B, H, T, hs) over k, v (B, H, S >= T, hs): as mask (…, T, S) says, else causal, with
     the T queries those of the last T keys."""
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.requires_grad and q.size(3) < 64:
+    learns = q.requires_grad or k.requires_grad
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and learns and q.size(3) < 64:
         # torch's backward pass on CPU is 3 (hs 16) to 5 times (hs 32) as slow in bf16 as in fp32
         with torch.autocast('cpu', enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout_p).type_as(q)
@@ -144,6 +145,7 @@ class HeadPlanAttention(Attention):
 
     def forward(self, x, memory: Memory, cache: KVCache | None = None):
         q, k, v = self.project(x, memory)
+        memory.queries = q
         k, v = self.read(k, v, memory, cache)  # pieces, n_head heads together, of (B, heads, S, hs), S >= T
         return self.output(self.attend(q, k, v, memory, cache))
 

@@ -1,4 +1,5 @@
-"""Additive attention: no token-by-token scores, but softmax-weighted running means; linear in the length.
+"""Additive attention: it computes softmax-weighted running means in place of token-by-token scores, and its
+cost is linear in the length.
 
 Each token has one logit per head, and the tokens of a window are summarised by their weighted mean
 (windowed_mean.py). `additive` is Fastformer (Wu et al., 2021), made causal and given windows; `leap` is its
@@ -37,7 +38,8 @@ def window_of(window: str, place: Place) -> int:
 
 
 class Mean(nn.Module):
-    """windowed_mean with its window. A module, so that a hook can see the logits: explain.py draws them."""
+    """windowed_mean with its window. It is a module so that a hook can see the logits, which explain.py
+    draws."""
 
     def __init__(self, of: str, window: int):
         super().__init__()
@@ -51,7 +53,7 @@ class Mean(nn.Module):
 
 
 class MeansCache:
-    """What a layer carries from token to token: one RunningMean per mean."""
+    """What a layer carries from token to token: one RunningMean for each of its means."""
 
     rewinds = False
 
@@ -65,7 +67,7 @@ class MeansCache:
 
 
 class WindowedAttention(Attention):
-    """What the two attentions share: how much they project, what they hold and what they cost."""
+    """What the two attentions share: their projections, their state and their cost."""
 
     name: str
     projections: int  # of the residual stream
@@ -95,7 +97,7 @@ class WindowedAttention(Attention):
         return (widen(a) * widen(b)).sum(-1) / math.sqrt(self.head_size)
 
     def logits(self, a, b, memory):
-        """`dot` of (B, n_head, T, hs), with padding out of the running -> (B, n_head, T)."""
+        """`dot` of a and b (B, n_head, T, hs) -> (B, n_head, T); padding gets a logit of NEVER."""
         logits = self.dot(a, b)
         if memory.real is None:
             return logits
@@ -106,7 +108,7 @@ class WindowedAttention(Attention):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def new_cache(self, B, max_len, device, dtype) -> MeansCache:
-        """Empty state for generation, of any number of tokens; it takes its shapes from the first."""
+        """Empty state for any number of tokens. It takes its shapes from the first of them."""
         return MeansCache(self.window, len(self.means))
 
     def heads_produced(self) -> tuple[int, int]:
@@ -114,7 +116,7 @@ class WindowedAttention(Attention):
         return self.n_head, self.n_head
 
     def cache_bytes_per_token(self, itemsize: int) -> int:
-        """0: the state does not grow. Its size is `state_bytes`."""
+        """0, because the state does not grow. Its size is `state_bytes`."""
         return 0
 
     def state_bytes(self, itemsize: int) -> int:

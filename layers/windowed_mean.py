@@ -1,13 +1,14 @@
-"""The causal windowed weighted mean: linear in the length, without a subtraction that could cancel.
+"""The causal windowed weighted mean. Its cost is linear in the length, and it subtracts no sums from one
+another, so that nothing can cancel.
 
     mean_i = sum_l exp(a_l) x_l / sum_l exp(a_l),    l from max(0, i - window + 1) to i
 
 Every sum is kept as a pair (m, s), worth exp(m) s, with m the largest logit in it: no logit overflows. Time
-is cut into chunks of CHUNK tokens. A window is the tail of one chunk, whole chunks, and the head of the chunk
-that i is in: head and tail are masked matrix products of a chunk by a chunk, and the whole chunks are the
-same problem again, on one sum per chunk and a window counted in chunks. That is the suffix and prefix of
-van Herk (1992) and Gil and Werman (1993) with chunks of fixed size, and the rescaling of online softmax
-(Milakov and Gimelshein, 2018). Work per token depends on neither the window nor the length.
+is divided into chunks of CHUNK tokens. A window consists of the tail of one chunk, of whole chunks, and of
+the head of the chunk that i is in. Head and tail are masked matrix products of two chunks. The whole chunks
+are the same problem again, with one sum per chunk and a window counted in chunks. These are the suffix and
+prefix of van Herk (1992) and Gil and Werman (1993) with chunks of fixed size, and the rescaling of online
+softmax (Milakov and Gimelshein, 2018). The work per token depends neither on the window nor on the length.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FLOOR = -80.0  # exp of less is slow on CPUs (denormal numbers) and far below wh
 
 
 def windowed_mean(logits, vectors, window: int = 0):
-    """Means of `vectors` with weights exp(logits) over the last `window` tokens, each one's own included.
+    """The means of `vectors`, weighted by exp(logits), over the last `window` tokens up to each token itself.
 
     logits (..., T), vectors (..., T, d), any float types; window in tokens, 0: all tokens so far. Returns
     (..., T, d) in the type of `vectors`; sums are fp32 at least, under autocast too, their products TF32

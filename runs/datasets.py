@@ -12,20 +12,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def data_folder(dataset: str) -> Path:
-    """The folder of a data set: the one of that name in data/, or else the path as it is given."""
+    """The folder of a data set: the one of that name in data/, or else the path as it is given.
+
+    That of a diagnostic, as in 'diagnostics/mqar', need not be there yet: see `prepare_own`."""
     check_paths(dataset=dataset)
-    return ROOT / 'data' / dataset if (ROOT / 'data' / dataset).is_dir() else Path(dataset)
+    inside = ROOT / 'data' / dataset
+    generated = inside.parent == ROOT / 'data' / 'diagnostics'
+    return inside if generated or inside.is_dir() else Path(dataset)
 
 
-def prepare_stdlib(folder: Path):
-    """Prepare the one corpus that every machine has, when it is used for the first time."""
+def prepare_own(folder: Path):
+    """Prepare a data set that every machine can make, when it is used for the first time: the sources of the
+    Python standard library, and the diagnostics, which are generated."""
     from data.tokendata import DataError  # imports numpy, which what only needs a folder can do without
 
-    if folder == ROOT / 'data' / 'stdlib' and not (folder / 'meta.json').exists():
-        print('preparing data/stdlib, the sources of the Python standard library (once)', flush=True)
-        command = [sys.executable, str(folder / 'prepare.py')]
-        if subprocess.run(command, check=False).returncode:
-            raise DataError(f'{folder} could not be prepared (reason above): fix that, and start again')
+    stdlib, generated = ROOT / 'data' / 'stdlib', ROOT / 'data' / 'diagnostics'
+    if folder not in (stdlib, generated / folder.name) or (folder / 'meta.json').exists():
+        return
+    print(f'preparing {folder.relative_to(ROOT).as_posix()} (once)', flush=True)
+    command = [sys.executable, str(stdlib / 'prepare.py')]
+    if folder != stdlib:
+        command = [sys.executable, str(generated / 'prepare.py'), folder.name]
+    if subprocess.run(command, check=False).returncode:
+        raise DataError(f'{folder} could not be prepared (reason above): fix that, and start again')
 
 
 def bytes_per_token(data) -> dict[str, float]:

@@ -7,6 +7,7 @@ import errno
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 
 from configurator import UserError
@@ -141,7 +142,7 @@ class FolderLock:
         except OSError as e:
             raise FileError(f'{self.folder} cannot hold a {self.user}: {e}') from None
         try:
-            _lock(self.file)
+            _lock_soon(self.file)
         except (BlockingIOError, PermissionError):
             holder = _holder(self.file)
             self.file.close()
@@ -179,6 +180,15 @@ def lock_holder(folder: str | Path) -> str:
 def _holder(file) -> str:
     file.seek(0)
     return file.read(100).decode(errors='replace') or 'process unknown'
+
+
+def _lock_soon(file):
+    """Lock an open file, with a second try: who looks at a lock (lock_holder) has it for an instant."""
+    try:
+        _lock(file)
+    except (BlockingIOError, PermissionError):
+        time.sleep(0.2)
+        _lock(file)
 
 
 def _lock(file, shared: bool = False):

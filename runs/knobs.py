@@ -24,7 +24,9 @@ BEFORE = {'muon_qkv': 'whole'}
 
 
 @dataclass(frozen=True)
-class Knobs(HierarchyShape):
+class TrainingKnobs:
+    """What trains a model, whichever it is."""
+
     # output
     out_dir: str = ''  # the folder of the run; '' = out/<names of the config files>
     overwrite: bool = False  # start over in a folder that holds a run, and delete its files
@@ -33,6 +35,7 @@ class Knobs(HierarchyShape):
     eval_only: bool = False  # evaluate once and stop
     log_interval: int = 10  # iterations between lines of metrics.jsonl
     sample_tokens: int = 0  # tokens of text to print when the training is done
+    sample_start: str = ''  # what that text begins with; '' = a new document
     # start
     init_from: str = 'scratch'  # scratch | resume | auto (resume if there is a run) | weights: a run, gpt2, …
     checkpoint_interval: int = 0  # iterations between saves; 0 = save at every evaluation
@@ -48,8 +51,6 @@ class Knobs(HierarchyShape):
     vocab_size: int = 0  # only for a plain .bin without meta.json; 0 = what meta.json says
     gradient_accumulation_steps: int = 1  # micro-batches per step, in total over all ranks
     batch_size: int = 32  # sequences per micro-batch
-    # model: the fields of shape.py, which come first in this class
-    model: str = 'gpt'  # gpt | hierarchy (groups of tokens become latents, whose stack the model knobs shape)
     # optimizer
     optimizer: str = 'adamw'  # adamw | muon (for the matrices inside the blocks, AdamW for the rest)
     learning_rate: float = 1e-3  # the highest, after warm-up
@@ -74,6 +75,12 @@ class Knobs(HierarchyShape):
     threads: int = 0  # CPU threads per process; 0 = torch's choice
     backend: str = 'auto'  # of torch.distributed: auto | nccl | gloo
     dist_timeout: float = 600.0  # seconds after which ranks give up on one that does not answer
+
+
+@dataclass(frozen=True)
+class Knobs(TrainingKnobs, HierarchyShape):
+    # model: the fields of shape.py, which come first in this class
+    model: str = 'gpt'  # gpt | hierarchy (groups of tokens become latents, whose stack the model knobs shape)
 
     def __post_init__(self):
         try:
@@ -102,8 +109,11 @@ def check_threads(k):
         raise ConfigError(f'threads={k.threads:g}: from 1 to 1024, or 0 for the choice of torch')
 
 
-def check(k: Knobs):
-    """Refuse what cannot work, before anything is read or built. Raises ConfigError."""
+def check_training(k: TrainingKnobs):
+    """Refuse settings of a training that cannot work, before anything is read or built. Raises ConfigError.
+
+    k also has the block_size of the model.
+    """
     check_paths(init_from=k.init_from)
     check_seed(k)
     check_threads(k)
@@ -111,9 +121,6 @@ def check(k: Knobs):
     for name in positive:
         if getattr(k, name) < 1:
             raise ConfigError(f'{name}={getattr(k, name)}: must be at least 1')
-    for name in ('n_layer', 'n_head'):
-        if getattr(k, name) > 10_000:
-            raise ConfigError(f'{name}={getattr(k, name):g}: more than 10,000 is taken for a slip')
     not_negative = (
         'eval_iters sample_tokens checkpoint_interval checkpoint_minutes vocab_size max_iters learning_rate '
         'muon_learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters'
@@ -144,6 +151,14 @@ def check(k: Knobs):
         )
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')
+
+
+def check(k: Knobs):
+    """Refuse what cannot work, before anything is read or built. Raises ConfigError."""
+    check_training(k)
+    for name in ('n_layer', 'n_head'):
+        if getattr(k, name) > 10_000:
+            raise ConfigError(f'{name}={getattr(k, name):g}: more than 10,000 is taken for a slip')
     close = difflib.get_close_matches(k.init_from, STARTS, n=1)
     if close and k.init_from not in STARTS and not Path(k.init_from).is_dir():
         raise ConfigError(f'init_from={k.init_from!r}: did you mean {close[0]!r}?')
@@ -172,6 +187,7 @@ def model_config(k: Knobs, vocab_size: int, vocab_used: int) -> GPTConfig:
     return config_class(**{**given, 'vocab_size': vocab_size, 'vocab_used': vocab_used})
 
 
-def saved_knobs(config: dict, where) -> Knobs:
-    """The knobs that a run.json has under 'config'; where: its path, for errors. Raises ConfigError."""
-    return from_dict(Knobs, {**BEFORE, **config} if isinstance(config, dict) else config, where)
+def saved_knobs(config: dict, where, kind: type[TrainingKnobs] = Knobs) -> TrainingKnobs:
+    """The knobs that a run.json has under 'config'; where: its path, for errors; kind: of the program that
+    wrote it. Raises ConfigError."""
+    return from_dict(kind, {**BEFORE, **config} if isinstance(config, dict) else config, where)

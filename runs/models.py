@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
+from composition import Composed
 from configurator import ConfigError
 from hierarchy import Hierarchy
 from model import GPT, GPTConfig, LanguageModel
 from runs.checkpoint import BEST, LAST, CheckpointError, load, load_folder
 from runs.diagnostics import finite
 from runs.knobs import Knobs, check_paths
+from runs.parts import load_parts
 from runs.system import total_memory
 
-MODELS = {'gpt': GPT, 'hierarchy': Hierarchy}  # by the knob `model`
+MODELS = {'gpt': GPT, 'hierarchy': Hierarchy, 'composed': Composed}  # by the knob `model`
 
 
 def build(k: Knobs, config: GPTConfig) -> LanguageModel:
@@ -54,10 +56,15 @@ def kind_of(state: dict) -> str:
     return state['config'].get('model', 'gpt')  # runs did not say it while there was only one
 
 
+def own_state(model: LanguageModel) -> dict:
+    """The weights that a checkpoint of the model holds: all but those that have files of their own."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(model.apart)}
+
+
 def load_weights(model: LanguageModel, weights: dict, path: Path):
     """Give the model the weights of the checkpoint at path; CheckpointError names the first that does not
     fit."""
-    own = model.state_dict()
+    own = own_state(model)
     for name in [*own, *weights]:
         if name not in weights or name not in own:
             what = 'is not in the checkpoint' if name in own else 'is not in the model'
@@ -66,7 +73,7 @@ def load_weights(model: LanguageModel, weights: dict, path: Path):
         if found != wanted:
             raise CheckpointError(f'{path} does not fit the model: {name} is {found}, and {wanted} is needed')
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, strict=not model.apart)  # whose names were compared
     except ValueError as e:  # the layers compute something else, see LanguageModel.set_extra_state
         raise CheckpointError(f'{path} does not fit the model: {str(e).splitlines()[0]}') from None
     if not finite(model):
@@ -100,4 +107,6 @@ def load_model(out_dir: str | Path, which: str = '', device: str = 'cpu') -> tup
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(f'{path} does not fit this version of the models: {reason}') from None
     load_weights(model, state['model'], path)
+    if isinstance(model, Composed):
+        load_parts(model, path.parent)
     return model.to(device).eval(), state

@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal before it is applied (Jordan et al., 2024), with decoupled decay.
 
     Updates have the root mean square of AdamW's, 0.2 (Liu et al., 2025), so that learning rates compare.
-    torch.optim.Muon computes the same in bf16, which takes 14 times as long on a CPU without it (SPEED.md).
+    torch.optim.Muon computes the same in bf16: 14 times as long on a CPU without it (docs/speed.md).
 
     sizes: for each parameter None, or the row counts of the matrices that it consists of: each of those is
     orthogonalised by itself. As one matrix, how much of the update queries and keys get would depend on how

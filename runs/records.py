@@ -13,13 +13,12 @@ import json
 import math
 import re
 import statistics
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
+from declared import Either, Null, Number, Object, Shape, Text, Whole
 from layers.spec import canonical
 from runs.files import make_folder, write_text
 from runs.knobs import BEFORE, Knobs
@@ -28,7 +27,7 @@ METRICS, RUN, README = 'metrics.jsonl', 'run.json', 'README.md'
 PACK = '.jsonl'  # NAME.jsonl holds the runs of the folder NAME
 # Knobs that do not change what a run learns: they may differ within an arm
 SESSION = set(
-    'out_dir overwrite init_from seed eval_only log_interval sample_tokens checkpoint_interval '
+    'out_dir overwrite init_from seed eval_only log_interval sample_tokens sample_start checkpoint_interval '
     'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
     'dist_timeout'.split()
 )
@@ -42,86 +41,57 @@ class RecordError(UserError):
 # What the files may hold
 
 
-class Kind(NamedTuple):
-    words: str
-    fits: Callable
+def maybe(shape: Shape) -> Shape:
+    return Either(Null(), shape)
 
 
-def _whole(value, least: int) -> bool:
-    return type(value) is int and least <= value <= sys.float_info.max
-
-
-COUNT = Kind('a whole number of 0 or more', lambda value: _whole(value, 0))
-POSITIVE = Kind('a whole number of 1 or more', lambda value: _whole(value, 1))
-NUMBER = Kind(
-    'a finite number', lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
+COUNT, NUMBER, TEXT = Whole(0, 10**18), Number(-1e30, 1e30), Text()
+RUN_SHAPE = Object(  # run.json, as far as it is read here
+    {
+        'status': TEXT,
+        'tokens_per_step': Whole(1, 10**18),
+        'config': Object(
+            {
+                'seed': COUNT,
+                'max_iters': COUNT,
+                'eval_iters': COUNT,
+                'batch_size': Whole(1, 10**18),
+                'block_size': Whole(1, 10**18),
+                'learning_rate': NUMBER,
+            },
+            dict.fromkeys('attention head_split windows optimizer init_from dataset'.split(), maybe(TEXT)),
+        ),
+        'model': Object(
+            {'params': COUNT, 'flops_per_token': NUMBER, 'cache_bytes_per_token': NUMBER},
+            {'state_bytes': maybe(NUMBER)},
+        ),
+    },
+    {
+        'error': maybe(TEXT),
+        'commit': maybe(TEXT),
+        'threads': maybe(COUNT),
+        'peak_memory_bytes': maybe(COUNT),
+        'data': Object(
+            {},
+            {
+                'fingerprint': maybe(TEXT),
+                'tokens': maybe(Object({}, {'val': COUNT})),
+                'bytes_per_token': maybe(Object({}, {'val': NUMBER})),
+            },
+        ),
+        'device': Object({}, {'name': maybe(TEXT), 'dtype': maybe(TEXT), 'ranks': maybe(COUNT)}),
+        'versions': Object({}, {'torch': maybe(TEXT)}),
+    },
 )
-TEXT = Kind('text', lambda value: isinstance(value, str))
-
-# As far as it is read here. A name that ends in ? may be missing or null.
-RUN_SHAPE = {
-    'status': TEXT,
-    'error?': TEXT,
-    'commit?': TEXT,
-    'threads?': COUNT,
-    'tokens_per_step': POSITIVE,
-    'peak_memory_bytes?': COUNT,
-    'config': {
-        'seed': COUNT,
-        'max_iters': COUNT,
-        'eval_iters': COUNT,
-        'batch_size': POSITIVE,
-        'block_size': POSITIVE,
-        'learning_rate': NUMBER,
-        'attention?': TEXT,
-        'head_split?': TEXT,
-        'optimizer?': TEXT,
-        'init_from?': TEXT,
-        'dataset?': TEXT,
+RECORD_SHAPE = Object(  # a line of metrics.jsonl: a logged step, an evaluation, or an event
+    {'iter': COUNT},
+    {
+        'event': maybe(TEXT),
+        **dict.fromkeys(
+            ['loss', 'tokens_per_s', 'mfu', 'train/loss', 'val/loss', 'val/accuracy'], maybe(NUMBER)
+        ),
     },
-    'model': {
-        'params': COUNT,
-        'flops_per_token': NUMBER,
-        'cache_bytes_per_token': NUMBER,
-        'state_bytes?': NUMBER,
-    },
-    'data?': {'fingerprint?': TEXT, 'tokens?': {'val?': COUNT}, 'bytes_per_token?': {'val?': NUMBER}},
-    'device?': {'name?': TEXT, 'dtype?': TEXT, 'ranks?': COUNT},
-    'versions?': {'torch?': TEXT},
-}
-RECORD_SHAPE = {  # a line of metrics.jsonl: a logged step, an evaluation, or an event
-    'iter': COUNT,
-    'event?': TEXT,
-    'loss?': NUMBER,
-    'tokens_per_s?': NUMBER,
-    'mfu?': NUMBER,
-    'train/loss?': NUMBER,
-    'val/loss?': NUMBER,
-}
-
-
-def misfit(value, shape: dict, where: str = '') -> str:
-    """What of a value read from JSON is not as a shape declares it, in words; '' if everything is."""
-    if not isinstance(value, dict):
-        return f'{where or "it"} is {_shown(value)}, not a table of names and values'
-    for name, wanted in shape.items():
-        key, optional = name.removesuffix('?'), name.endswith('?')
-        place, inner = f'{where}.{key}' if where else key, value.get(key)
-        if inner is None:
-            if optional:
-                continue
-            return f'{place} is missing'
-        if isinstance(wanted, dict):
-            if wrong := misfit(inner, wanted, place):
-                return wrong
-        elif not wanted.fits(inner):
-            return f'{place} is {_shown(inner)}, not {wanted.words}'
-    return ''
-
-
-def _shown(value) -> str:
-    text = ' '.join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + '...'
+)
 
 
 def _json(text: str):
@@ -146,8 +116,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
                 reason = getattr(e, 'msg', e)
                 raise ValueError(f'{path}, line {number} is not JSON ({reason}): delete the line') from None
             continue
-        if wrong := misfit(record, RECORD_SHAPE):
-            raise ValueError(f'{path}, line {number} is no record of a run ({wrong}): delete the line')
+        if fault := RECORD_SHAPE.fault(record, ''):
+            raise ValueError(f'{path}, line {number} is no record of a run ({fault}): delete the line')
         records.append(record)
     return records
 
@@ -195,6 +165,17 @@ class Run:
         return self.evals[-1].get('train/loss')
 
     @property
+    def accuracy(self) -> float | None:
+        """The share of asked tokens of val that are predicted right, where the data say which those are."""
+        return self.evals[-1].get('val/accuracy')
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """The same by the data set's groups of asked tokens, where it has several."""
+        last = self.evals[-1].items()
+        return {name.removeprefix('val/accuracy/'): v for name, v in last if name.startswith('val/accuracy/')}
+
+    @property
     def peak_memory(self) -> int | None:
         return self.run.get('peak_memory_bytes')
 
@@ -208,8 +189,8 @@ def read_folder(folder: Path) -> Stored:
     """The run in a folder; what is missing or broken there becomes its error, not an exception."""
     try:
         run = _json((folder / RUN).read_text(encoding='utf-8'))
-        if wrong := misfit(run, RUN_SHAPE):
-            raise ValueError(f'{RUN}: {wrong}')
+        if fault := RUN_SHAPE.fault(run, ''):
+            raise ValueError(f'{RUN}: {fault}')
         return Stored(folder, run, read_jsonl(folder / METRICS))
     except (OSError, ValueError) as e:
         return Stored(folder, {}, [], f'its files cannot be read ({e})')
@@ -485,8 +466,8 @@ def read_pack(path: Path) -> list[Stored]:
                 for values in group['rows']
             ]
             for value, shape in [(run, RUN_SHAPE), *((record, RECORD_SHAPE) for record in metrics)]:
-                if wrong := misfit(value, shape):
-                    raise ValueError(wrong)
+                if fault := shape.fault(value, ''):
+                    raise ValueError(fault)
             found.append(Stored(where, run, metrics))
         except (ValueError, KeyError, TypeError) as e:
             found.append(Stored(where, {}, [], f'line {number} of {path} cannot be read ({e!r})'))

@@ -9,14 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from configurator import ConfigError
-from data.tokendata import DataError, eval_starts
+from data.tokendata import DataError, eval_windows
 from model import GPTConfig
 from runs.checkpoint import LAST, CheckpointError, Saver
 from runs.console import say
 from runs.diagnostics import SpikeWatch, finite
 from runs.knobs import Knobs, saved_knobs
 from runs.metrics import RUN
-from runs.models import MODELS, kind_of, load_weights
+from runs.models import MODELS, kind_of, load_weights, own_state
 from runs.optimizer import load_state
 from runs.ranks import TrainingError
 from runs.schedule import learning_rate_at
@@ -26,7 +26,7 @@ from runs.step import TrainingStep
 def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, watches) -> dict:
     """The state of a training after `it` steps, complete: what is saved."""
     return {
-        'model': step.model.state_dict(),
+        'model': own_state(step.model),
         'model_args': asdict(step.model.config),
         'optimizer': step.optimizer.state_dict(),
         'scaler': step.scaler.state_dict(),
@@ -110,12 +110,12 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
         raise CheckpointError(f'{path} is whole, but a training cannot go on from it: {reason}') from None
     it, best_val_loss, seconds = state['iter'], state['best_val_loss'], state['seconds']
     evaluated = state['evaluated'] and not k.eval_only
-    then, events = saved_knobs(state['config'], path), []
+    then, events = saved_knobs(state['config'], path, type(k)), []
     before, planned, now = (learning_rate_at(*a) for a in ((it - 1, then), (it, then), (it, k)))
     if it > 0 and now != planned:
         say(f'resume: the learning rate is {now:.3g} from here on; the last step had {before:.3g}')
     windows, windows_before = (n_windows(data, knobs) for knobs in (k, then))
-    if windows != windows_before and (it < k.max_iters or not evaluated):
+    if windows != windows_before and not k.eval_only and (it < k.max_iters or not evaluated):
         best_val_loss = math.inf
         events = [{'iter': it, 'event': 'eval_changed', 'windows': windows, 'windows_before': windows_before}]
         say(
@@ -128,7 +128,7 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
 
 def n_windows(data, k: Knobs) -> int:
     """Windows of val in an evaluation; as many are always the same ones."""
-    return len(eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)[0])
+    return len(eval_windows(data.splits['val'], k.block_size, k.eval_iters * k.batch_size)[0])
 
 
 def resume_knobs(k: Knobs, given: dict) -> Knobs:
@@ -138,7 +138,8 @@ def resume_knobs(k: Knobs, given: dict) -> Knobs:
     """
     path = Path(k.out_dir) / RUN
     try:
-        saved = saved_knobs(json.loads(path.read_text(encoding='utf-8'))['config'], path)
+        config = json.loads(path.read_text(encoding='utf-8'))['config']
+        saved = saved_knobs(config, path, type(k))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(
             f'{path}, with the knobs of the run, cannot be read ({type(e).__name__}: {e}): put it back, or '

@@ -12,9 +12,9 @@ from configurator import ConfigError, configure
 from data.tokendata import open_data
 from model import GPTConfig
 from runs import checkpoint, metrics, pretrained
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import data_folder, prepare_own
 from runs.files import FolderLock
-from runs.knobs import STARTS, Knobs, check, check_model, check_paths, model_config
+from runs.knobs import STARTS, Knobs, TrainingKnobs, check, check_model, check_paths, model_config
 from runs.ranks import Ranks
 from runs.resume import refuse_other_run, resume_knobs
 
@@ -28,12 +28,13 @@ class Start(NamedTuple):
     there: list[str]  # which of metrics.RUN_FILES its folder holds
 
 
-def read_knobs(argv: list[str], doc: str) -> Start:
+def read_knobs(argv: list[str], doc: str, kind: type[TrainingKnobs] = Knobs, check=check) -> Start:
     """The knobs of the command line, on top of those of the run that is to be resumed; checked.
 
-    ConfigError where they do not fit together, or do not fit what lies in the folder.
+    kind, check: the knobs of the program, and what refuses those that cannot work. ConfigError where they do
+    not fit together, or do not fit what lies in the folder.
     """
-    k, given, files = configure(Knobs, argv, doc)
+    k, given, files = configure(kind, argv, doc)
     if not k.out_dir:
         names = [f.stem for f in files] or ['default']
         k = replace(k, out_dir=str(Path('out') / '-'.join(names)))
@@ -57,9 +58,10 @@ def read_knobs(argv: list[str], doc: str) -> Start:
         )
     if resume:
         k = resume_knobs(k, given)
-        check_model(k)
+        if isinstance(k, Knobs):
+            check_model(k)
     elif k.init_from == 'auto':  # nothing is here: start as the config files would
-        start = configure(Knobs, [str(f) for f in files]).knobs.init_from
+        start = configure(kind, [str(f) for f in files]).knobs.init_from
         k = replace(k, init_from='scratch' if start in STARTS else start)
     check(k)
     return Start(k, given, resume, there)
@@ -106,7 +108,7 @@ def open_all(k: Knobs, given: dict, resume: bool, group: Ranks) -> tuple:
         k = pretrained_knobs(k, given, source.config)
     folder = data_folder(k.dataset)
     if group.main:
-        prepare_stdlib(folder)
+        prepare_own(folder)
     data = open_data(folder, k.block_size, k.vocab_size or None, verify=group.main)
     vocab_size = -(-data.vocab_size // 64) * 64  # a multiple of 64 is faster; padding is never sampled
     config = model_config(k, vocab_size, data.vocab_size)

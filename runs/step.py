@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import ConfigError
-from data.tokendata import eval_batch, eval_starts, get_batch
+from data.tokendata import Examples, eval_batch, eval_windows, get_batch
 from model import LanguageModel
 from runs.console import say
 from runs.diagnostics import blame
@@ -130,7 +130,9 @@ class TrainingStep:
             loss_sum += loss.detach()
             self.inputs = self.fetch(it, j + 1) if j < last else self.fetch(it + 1, 0)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        # frozen weights have no gradient
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         report = torch.stack([loss_sum / self.divisor, torch.full_like(loss_sum, stopping)])
         if self.group.ddp:
             dist.all_reduce(report)
@@ -163,7 +165,7 @@ class TrainingStep:
 def mean_loss(model, tokens, windows, batch_size, block_size, device, autocast, group: Ranks, stop=None):
     """Mean loss over windows of one split, in nats per token; None if any rank is to stop before the end.
 
-    windows: (starts, skip) of eval_starts. The ranks share the batches. Each batch's sum of losses has a
+    windows: (starts, skip) of eval_windows. The ranks share the batches. Each batch's sum of losses has a
     place of its own in a vector before the ranks add theirs, so that the result does not depend on how many
     ranks there are. stop: a StopRequest, or None.
     """
@@ -189,13 +191,13 @@ def mean_loss(model, tokens, windows, batch_size, block_size, device, autocast, 
 def evaluate(step: TrainingStep, splits: dict, stop) -> dict[str, float] | None:
     """Mean loss of 'train' and 'val' over fixed windows, as many of each; None if any rank is to stop."""
     k, losses = step.k, {}
-    val_windows = eval_starts(len(splits['val']), k.block_size, k.eval_iters * k.batch_size)
+    val_windows = eval_windows(splits['val'], k.block_size, k.eval_iters * k.batch_size)
     step.compiled.eval()
     for split in ('train', 'val'):
         tokens = splits[split]
         windows = val_windows
         if split == 'train':
-            windows = eval_starts(len(tokens), k.block_size, len(val_windows[0]))
+            windows = eval_windows(tokens, k.block_size, len(val_windows[0]))
         losses[split] = mean_loss(
             step.compiled,
             tokens,
@@ -211,3 +213,30 @@ def evaluate(step: TrainingStep, splits: dict, stop) -> dict[str, float] | None:
             break
     step.compiled.train()
     return None if None in losses.values() else losses
+
+
+def accuracies(step: TrainingStep, tokens) -> dict[str, float]:
+    """{'val/accuracy': the share of asked tokens that the model's best guess gets right}, over the windows of
+    an evaluation of val, and the same of every group that the data set names, where there are several.
+
+    tokens: of val. Empty where the data do not say which tokens are asked for.
+    """
+    k, model = step.k, step.compiled
+    if not isinstance(tokens, Examples):
+        return {}
+    starts, skip = eval_windows(tokens, k.block_size, k.eval_iters * k.batch_size)
+    used = step.model.config.vocab_used or None  # the ids beyond are padding
+    right = torch.zeros(k.block_size, dtype=torch.int64, device=step.device)  # by place in an example
+    model.eval()
+    for i in range(step.group.rank, -(-len(starts) // k.batch_size), step.group.world):
+        x, y = (torch.from_numpy(a) for a in eval_batch(tokens, starts, skip, i, k.batch_size, k.block_size))
+        with torch.no_grad(), step.autocast():
+            logits, _ = model(x.to(step.device))  # (B, T, vocab_size)
+        right += (logits[..., :used].argmax(-1) == y.to(step.device)).sum(0)
+    model.train()
+    if step.group.ddp:
+        dist.all_reduce(right)
+    by_place = right.double().cpu() / len(starts)
+    shares = {name: by_place[[place - 1 for place in places]] for name, places in tokens.asked.items()}
+    named = {f'val/accuracy/{name}': share.mean().item() for name, share in shares.items()}
+    return {'val/accuracy': torch.cat([*shares.values()]).mean().item(), **(named if len(named) > 1 else {})}

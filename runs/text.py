@@ -84,13 +84,15 @@ def document_start(state: dict, tokenizer) -> list[int]:
     return [] if begin is None else [begin]
 
 
-def print_sample(model, data, max_new_tokens: int, seed: int, device: str):
-    """Print a text that begins as a document of the data set does; for data with a known tokenizer."""
+def print_sample(model, data, k, device: str):
+    """Print sample_tokens tokens that begin as the knobs say; for data with a known tokenizer."""
     tokenizer = from_spec(data.tokenizer_spec)
-    start = document_start({'begin': data.meta.get('begin')}, tokenizer) or [0]
-    prompt = torch.tensor([start], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    start = document_start({'begin': data.meta.get('begin')}, tokenizer) + tokenizer.encode(k.sample_start)
+    prompt = torch.tensor([start or [0]], device=device)  # (1, T)
+    generator = torch.Generator(device).manual_seed(k.seed)
+    options = {'temperature': 0.8, 'top_k': 200, 'generator': generator}  # as in sample.py
+    print(k.sample_start, end='')
     with finite_logits(model):
-        for piece in stream_text(model, tokenizer, prompt, max_new_tokens, top_k=50, generator=generator):
+        for piece in stream_text(model, tokenizer, prompt, k.sample_tokens, **options):
             print(piece, end='', flush=True)
     print()

@@ -27,7 +27,7 @@ COPIED = shutil.ignore_patterns('.git', 'out', '__pycache__', '.pytest_cache', '
 
 STEP = ('tests/test_step.py',)
 RUNS = (*STEP, 'tests/test_reliability.py')
-MUON = ('tests/test_speed.py',)
+SPEED = ('tests/test_speed.py',)
 LOSS = ('tests/test_loss.py',)
 MODEL = ('tests/test_model.py',)
 EVAL = ('tests/test_eval.py',)
@@ -72,10 +72,10 @@ MUTANTS = [
         'runs/optimizer.py',
         "p.mul_(1 - lr * group['weight_decay'])",
         "p.mul_(1 - group['weight_decay'])",
-        MUON,
+        SPEED,
     ),
-    Mutant('runs/optimizer.py', 'alpha=-0.2 * lr', 'alpha=-lr', MUON),
-    Mutant('runs/optimizer.py', "matrix_blocks(model) if k.muon_qkv == 'apart' else {}", '{}', MUON),
+    Mutant('runs/optimizer.py', 'alpha=-0.2 * lr', 'alpha=-lr', SPEED),
+    Mutant('runs/optimizer.py', "matrix_blocks(model) if k.muon_qkv == 'apart' else {}", '{}', SPEED),
     Mutant('runs/optimizer.py', "{**saved, 'param_groups': groups}", 'saved', RUNS),
     Mutant('model.py', 'if p.dim() >= 2]', 'if p.dim() >= 1]', STEP),
     # checkpoints
@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant('runs/checkpoint.py', 'self.before()', 'pass', RUNS),
     # the record
     Mutant('runs/metrics.py', "record['iter'] <= resume_iter", "record['iter'] < resume_iter", RUNS),
-    Mutant('runs/metrics.py', '(it - self.it) * self.tokens_per_step', 'it * self.tokens_per_step', RUNS),
+    Mutant('runs/metrics.py', '(it - self.it) * self.tokens_per_step', 'it * self.tokens_per_step', SPEED),
     Mutant('runs/metrics.py', 'None if isinstance(v, float) and not math.isfinite(v) else v', 'v', RUNS),
     # going on
     Mutant('runs/resume.py', "state['evaluated'] and not k.eval_only", 'False', RUNS),
@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant('layers/loss.py', 'return total / count,', 'return total / len(hidden),', LOSS),
     # layers
     Mutant('layers/plans.py', 'return [l - lag for', 'return [l - max(0, lag - 1) for', MODEL),
-    Mutant('model.py', 'causal = mask is None and T > 1', 'causal = mask is None and T > 2', MODEL),
+    Mutant('model.py', 'causal = mask is None and T > 1', 'causal = mask is None and T > 2', SPEED),
     Mutant('model.py', '0.02 / math.sqrt(2 * self.config.n_layer)', '0.02', MODEL),
     # data and evaluation
     Mutant(

@@ -119,6 +119,8 @@ def test_a_run_on_its_own_data_and_on_a_text(tmp_path, capsys):
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
     text = result(f'--text={tmp_path / "text.txt"}')
     assert text['loss'] == pytest.approx(naive(model, [256, *tokenizer.encode(TEXT)], 32, 32), rel=1e-5)
+    again = result(f'--init_from={run}', '--out_dir=none', f'--text={tmp_path / "text.txt"}')
+    assert again == {**text, 'data': again['data']}  # the same weights, tokenizer and beginning
     (tmp_path / 'windows.txt').write_bytes('\ufeffa\r\nb'.encode())
     assert result(f'--text={tmp_path / "windows.txt"}')['tokens'] == 4  # as it is prepared: without the mark
     # every byte is a token here: bits per byte is the loss in bits

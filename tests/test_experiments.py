@@ -18,10 +18,10 @@ import torch
 
 import compare
 import experiments
-import train
 from configurator import ConfigError, configure
 from runs import metrics
 from runs.files import FileError, lock_holder
+from runs.knobs import model_config
 from runs.models import MODELS
 from runs.records import RecordError, find_runs, pack, unlike, what_is_learned
 
@@ -135,7 +135,7 @@ def test_every_arm_is_a_model_and_differs_from_the_others(name, scale, tmp_path)
     assert len(set(learned)) == len(plan.arms)
     for k in knobs:
         with torch.device('meta'):
-            MODELS[k.model](train.model_config(k, 64, 64))
+            MODELS[k.model](model_config(k, 64, 64))
         assert k.eval_iters == 0 or (k.eval_iters, k.batch_size, k.block_size) == tuple(
             getattr(knobs[0], n) for n in ('eval_iters', 'batch_size', 'block_size')
         ), 'one validation set'

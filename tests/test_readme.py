@@ -16,6 +16,7 @@ from runs.records import find_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PAGES = {path: path.read_text(encoding='utf-8') for path in [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')]}
 
 
 def test_the_plan_that_the_readme_writes_is_a_plan(monkeypatch):
@@ -30,8 +31,8 @@ def test_the_plan_that_the_readme_writes_is_a_plan(monkeypatch):
     assert produced == [(4, 4), (4, 2), (4, 2)]
 
 
-@pytest.mark.parametrize('command', sorted(set(re.findall(r'python (\S+\.py)', README))))
-def test_programs_of_the_readme_exist(command):
+@pytest.mark.parametrize('command', sorted(set(re.findall(r'python (\S+\.py)', ''.join(PAGES.values())))))
+def test_programs_of_the_pages_exist(command):
     assert (ROOT / command).is_file()
 
 
@@ -47,9 +48,14 @@ def test_every_config_builds_and_says_how_to_launch_it(path, monkeypatch):
     assert f'config/{path.name}' in comment and 'train.py' in comment
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r'\]\((?!http)([^)#]+)\)|src="(?!http)([^"]+)"', README):
-        assert (ROOT / (target[0] or target[1])).exists(), target
+@pytest.mark.parametrize('page', sorted(PAGES), ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\((?!http)([^)#]+)\)|src="(?!http)([^"]+)"', PAGES[page]):
+        assert (page.parent / (target[0] or target[1])).exists(), target
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 12_000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from dataclasses import asdict
@@ -221,6 +222,7 @@ def test_the_same_windows_in_other_batches_are_the_same_validation_set(tmp_path,
     resume(tmp_path, max_iters=11, eval_iters=1, batch_size=4, eval_interval=100)
     assert checkpoint.load(tmp_path / LAST)['best_val_loss'] <= best
     resume(tmp_path, eval_iters=3)  # nothing is left to do, and nothing changes
+    resume(tmp_path, eval_iters=3, max_iters=20, eval_only=True)
     assert 'measured on' not in capsys.readouterr().out
     assert not [r for r in lines(tmp_path) if 'event' in r]
 
@@ -483,6 +485,44 @@ def test_a_full_disk_leaves_the_checkpoint_and_stops_the_run(tmp_path, data, str
     monkeypatch.undo()
     resume(tmp_path, max_iters=12)
     assert_same_run(straight, tmp_path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    """Else a power cut leaves the name of a file whose content was never written."""
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def synced(number):
+        calls.append('folder' if stat.S_ISDIR(os.fstat(number).st_mode) else 'file')
+        sync(number)
+
+    def replaced(source, target):
+        calls.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', synced)
+    monkeypatch.setattr(os, 'replace', replaced)
+    for i in range(2):
+        checkpoint.save({'iter': i}, tmp_path, best=i == 0)
+    assert calls == ['file', BEST, LAST, 'folder', 'file', PREVIOUS, LAST, 'folder']
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_iteration(tmp_path, data, monkeypatch):
+    """A power cut must not leave one whose metrics are gone: a resumed run does not write them again."""
+    calls, sync, save = [], metrics.Metrics.sync, checkpoint.save
+    monkeypatch.setattr(metrics.Metrics, 'sync', lambda log: (calls.append('metrics'), sync(log)))
+    monkeypatch.setattr(checkpoint, 'save', lambda *args: (calls.append('checkpoint'), save(*args)))
+    start(tmp_path, data)
+    assert calls == ['metrics', 'checkpoint'] * 3
+
+
+def test_a_write_that_failed_ends_the_run_long_before_the_next_one(tmp_path, data, monkeypatch):
+    def fail(state, *args):
+        raise CheckpointError('no room')
+
+    monkeypatch.setattr(checkpoint, 'save', fail)
+    with pytest.raises(CheckpointError, match='no room'):
+        start(tmp_path, data, max_iters=1000, eval_interval=1000, checkpoint_interval=20)
+    assert 20 <= lines(tmp_path)[-1]['iter'] < 40 and status(tmp_path) == 'failed'
 
 
 def _limit_file_size():
@@ -1162,10 +1202,14 @@ def test_the_record_survives_a_torn_line(tmp_path):
     path.write_text('{"iter": 1, "loss": 2.0}\n{"iter": 2, "lo\n{"iter": 3}\n', encoding='utf-8')
     with pytest.raises(FileError, match=r'metrics\.jsonl, line 2 is not JSON .*: delete the line'):
         metrics.Metrics(tmp_path, {}, resume_iter=3)
+    for line in ('{"loss": 2.0}', '7', '{"iter": "one"}'):
+        path.write_text(f'{{"iter": 1}}\n{line}\n{{"iter": 3}}\n', encoding='utf-8')
+        with pytest.raises(FileError, match='has a line that is no record with an iter'):
+            metrics.Metrics(tmp_path, {}, resume_iter=3)
 
 
 def test_the_table_of_faults_names_tests_that_exist(root):
-    table = (root / 'RELIABILITY.md').read_text(encoding='utf-8')
+    table = (root / 'docs/reliability.md').read_text(encoding='utf-8')
     sources = ''.join(path.read_text(encoding='utf-8') for path in (root / 'tests').glob('test_*.py'))
     named = set(re.findall(r'`(test_[a-z0-9_]+)`', table))
     assert len(named) > 60 and not [name for name in named if f'def {name}(' not in sources]

@@ -1,15 +1,18 @@
 """sample.py: which checkpoint it reads, what it refuses, and that a prompt is read as it is meant."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sample
 from configurator import ConfigError
+from data.tokendata import open_data
 from data.tokenizer import Chars
 from runs import checkpoint
 from runs.checkpoint import BEST, LAST, PREVIOUS, CheckpointError
+from runs.knobs import Knobs
 from runs.text import finite_logits, print_sample, stream_text
 from tiny import start, write_tokens
 
@@ -106,13 +109,18 @@ def test_nothing_is_left_on_the_model_by_the_watch_of_its_logits(out):
     assert checkpoint.load(out / BEST)['iter'] == state['iter']
 
 
-def test_the_sample_at_the_end_of_a_training_watches_too(out, capsys):
-    from data.tokendata import open_data
-
+def test_the_sample_at_the_end_of_a_training(out, capsys):
+    """Begins as it is told to, ends after so many tokens, and is no page of nan."""
     model, _ = sample.load_model(out)
     data = open_data(out.parent / 'tokens')
-    print_sample(model, data, 5, seed=1, device='cpu')
-    assert len(capsys.readouterr().out) > 3
+    k = Knobs(sample_tokens=5)
+    print_sample(model, data, k, 'cpu')
+    assert len(capsys.readouterr().out) == 5 + 1
+    print_sample(model, data, replace(k, sample_start='a cat'), 'cpu')
+    text = capsys.readouterr().out
+    assert text.startswith('a cat') and len(text) == 5 + 5 + 1
+    assert sample.main([f'--out_dir={out}', '--start=a cat', '--max_new_tokens=5', '--device=cpu']) == 0
+    assert capsys.readouterr().out + '\n' == text  # as sample.py goes on, by the same seed
     model.transformer.ln_f.register_forward_hook(lambda module, args, y: y * math.inf)
     with pytest.raises(ConfigError, match='inf or nan'):
-        print_sample(model, data, 5, seed=1, device='cpu')
+        print_sample(model, data, k, 'cpu')

@@ -55,7 +55,7 @@ def faults(text: str) -> list[str]:
     return found
 
 
-ALLOWED = {('configurator.py', 'exec of text')}  # a config file is a program, and SECURITY.md says so
+ALLOWED = {('configurator.py', 'exec of text')}  # a config file is a program, and docs/security.md says so
 
 
 def test_no_source_lets_a_file_run_code():

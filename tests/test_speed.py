@@ -73,6 +73,17 @@ def test_mfu_is_measured_against_the_peak_of_that_very_card(name, peak, monkeypa
     assert metrics.peak_flops('cuda:0') == peak
 
 
+@pytest.mark.parametrize('peak, mfu', [(1e9, [0.25, 0.125]), (None, [None, None])])
+def test_speed_is_of_the_steps_since_it_was_read_last(peak, mfu, monkeypatch):
+    """Of a run that goes on at iteration 10 too, and with all ranks' devices counted."""
+    monkeypatch.setattr(metrics, 'peak_flops', lambda device: peak)
+    run = {'tokens_per_step': 1000, 'model': {'flops_per_token': 5000}, 'device': {'ranks': 2}}
+    speed = metrics.Speed(run, 'cuda:0', it=10, seconds=7.0)
+    read = [speed.read(20, 7.1), speed.read(40, 7.5)]
+    assert [r['tokens_per_s'] for r in read] == pytest.approx([100_000, 50_000])
+    assert [r['mfu'] for r in read] == (pytest.approx(mfu) if peak else mfu)
+
+
 @pytest.mark.parametrize('attention', ['reflex', 'reflex_all'])
 def test_compiled_and_distributed_is_the_same_step(attention):
     """As torchrun has it: DDP around the compiled model, cut at several buckets, the loss in chunks."""
@@ -115,6 +126,14 @@ def test_attention_with_dropout_in_blocks_is_attention(T):
     dropped, exact = attend(q, k, v, dropout_p=0.5), attend(q, k, v)
     assert abs(dropped.mean() / exact.mean() - 1) < 0.05
     assert set(dropped[0, :, 0, 0].tolist()) <= {0.0, 2.0}, 'the first query sees the first value alone'
+
+
+@pytest.mark.parametrize('T', [1, 2, 3])
+def test_the_shortest_sequences_are_causal(T):
+    """What a token is does not change when another one follows it."""
+    q, k, v = torch.randn(3, 1, 2, T + 1, 8, generator=torch.Generator().manual_seed(1))
+    longer, shorter = attend(q, k, v), attend(*(t[:, :, :T] for t in (q, k, v)))
+    torch.testing.assert_close(longer[:, :, :T], shorter)
 
 
 def test_keeping_memory_changes_no_number():

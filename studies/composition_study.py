@@ -1,0 +1,369 @@
+"""The study of docs/composition.md: models trained apart on parts of a text and joined, against models of the
+same training FLOPs.
+
+    python studies/composition_study.py source --files proposals.train.jsonl.xz proposals.val.jsonl.xz
+    python studies/composition_study.py cluster
+    python studies/composition_study.py source --table      # of what is done
+
+For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
+branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
+one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. Runs are made
+in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the same
+command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import compose
+from composition import Composed
+from data.centres import FILE, Centres
+from data.tokendata import eval_batch, eval_starts, open_data
+from data.tokenizer import from_spec
+from model import GPT, GPTConfig
+from runs import checkpoint, metrics
+from runs.files import write_text
+from runs.knobs import Knobs, saved_knobs
+from runs.models import load_model
+from runs.ranks import Ranks
+from runs.records import RUN
+from runs.step import mean_loss
+from runs.system import autocast_for, pick_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASET = 'proposals_bpe4096'
+KINDS = {  # the parts with experts, the part that is held out, and how data/cluster.py finds them
+    'source': (
+        ['kubernetes-enhancements', 'python-peps', 'rust-lang-rfcs', 'swiftlang-swift-evolution'],
+        'ethereum-EIPs',
+        ['--by=source', '--held_out=ethereum-EIPs,bitcoin-bips,golang-proposal'],
+    ),
+    'cluster': (['0', '1', '2', '3'], '4', ['--clusters=5', '--held_out=4']),
+}
+SHARED = [
+    *('config/size_cpu.py', '--device=cpu', '--compile=false', '--threads=1', '--batch_size=4'),
+    *('--optimizer=muon', '--eval_iters=16', '--warmup_iters=15', '--log_interval=20'),
+]
+STEPS = {'seed': 250, 'expert': 250, 'together': 160, 'apart': 100, 'grown': 100}
+RATE, BRANCH, JOIN = 0.01, 0.005, 0.01  # of a model from scratch, of one that branches off, of what joins
+WIDE = 320  # n_embd of the dense model with as many parameters as four experts and their base
+WINDOWS = 64  # of each part's validation text
+CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
+
+
+class Ensemble(nn.Module):
+    """cBTM: the probabilities of experts, mixed by how near the text so far is to the centres of their parts
+    (Gururangan et al., 2023). top_k: of the experts; 0: all."""
+
+    def __init__(self, experts: dict[str, GPT], centres: Centres, tokenizer, top_k: int):
+        super().__init__()
+        self.experts, self.centres, self.tokenizer = nn.ModuleList(experts.values()), centres, tokenizer
+        self.columns, self.top_k = [centres.names.index(name) for name in experts], top_k
+
+    def weights(self, idx):
+        """Token ids (B, T) -> (B, T, experts), from the chunks before a token's own; even in the first."""
+        B, T = idx.shape
+        texts = [self.tokenizer.decode(row[:end]) for row in idx.tolist() for end in range(CHUNK, T, CHUNK)]
+        distances = torch.from_numpy(self.centres.distances(texts)[:, self.columns])
+        scores = distances.view(B, -1, len(self.columns)) / -TEMPERATURE  # (B, chunks - 1, experts)
+        if self.top_k:
+            kth = scores.topk(self.top_k, dim=2).values[..., -1:]
+            scores = scores.masked_fill(scores < kth, -math.inf)
+        scores = torch.cat([torch.zeros_like(scores[:, :1]), scores], dim=1)
+        return scores.softmax(2).repeat_interleave(CHUNK, dim=1)[:, :T]
+
+    def forward(self, idx, targets):
+        weights, mixed = self.weights(idx), torch.zeros(idx.shape)
+        later = weights[:, CHUNK:].amax(1) > 0  # (B, experts): others are run on the first chunk alone
+        for e, expert in enumerate(self.experts):
+            for rows, end in ((later[:, e], idx.size(1)), (~later[:, e], CHUNK)):
+                if rows.any():
+                    log_p = expert.logits(expert.hidden(idx[rows, :end])).float().log_softmax(-1)
+                    kept = targets[rows, :end].clamp(min=0)[..., None]
+                    mixed[rows, :end] += weights[rows, :end, e] * log_p.gather(2, kept).squeeze(2).exp()
+        return None, -mixed.log()[targets >= 0].mean()
+
+
+# -----------------------------------------------------------------------------
+# The runs
+
+
+class Study:
+    """The runs of one partition, by their folders, seen from the repository."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.experts, self.unseen, self.cut = KINDS[name]
+        self.data = f'proposals_{name}'  # in data/
+        self.arms = Path('out/experiments') / f'composition-{name}'
+        self.parts = self.arms.with_name(f'composition-{name}-parts')
+
+    def folder(self, arm: str, seed: int) -> Path:
+        """Of a run that is compared."""
+        return self.arms / arm / f'seed{seed}'
+
+    def expert(self, part: str, seed: int) -> Path:
+        return self.parts / part / f'seed{seed}'
+
+    def train(self, out: Path, part: str, seed: int, steps: int, *arguments: str):
+        """train.py on a part, unless it is done."""
+        given = [f'--dataset={self.data}/{part}', f'--seed={seed}', f'--max_iters={steps}']
+        given += [f'--eval_interval={steps}', f'--out_dir={out}', '--init_from=auto']
+        run(out, 'train.py', 'config/vanilla.py', *SHARED, *given, *arguments)
+
+    def branch(self, out: Path, part: str, seed: int):
+        """An expert: the seed model, trained on its part."""
+        start = f'--init_from={self.folder("seed", seed)}'
+        if (out / checkpoint.LAST).exists():
+            start = '--init_from=resume'
+        self.train(out, part, seed, STEPS['expert'], f'--learning_rate={BRANCH}', start)
+
+    def compose(self, out: Path, experts: list, part: str, seed: int, steps: int, *arguments: str):
+        """compose.py, unless it is done."""
+        shared = [word for word in SHARED if not word.endswith('.py')]
+        given = [f'--experts={",".join(map(str, experts))}', f'--dataset={self.data}/{part}']
+        given += [f'--seed={seed}', f'--max_iters={steps}', f'--eval_interval={max(1, steps)}']
+        given += [f'--learning_rate={JOIN}', f'--out_dir={out}', '--init_from=auto', *arguments]
+        run(out, 'compose.py', *shared, *given)
+
+    def run_seed(self, seed: int):
+        """Everything of one seed, what others need first."""
+        self.train(self.folder('seed', seed), 'seen', seed, STEPS['seed'], f'--learning_rate={RATE}')
+        for part in [*self.experts, self.unseen]:
+            self.branch(self.expert(part, seed), part, seed)
+        base = f'--base={self.folder("seed", seed)}'
+        named = [f'{part}={self.expert(part, seed)}' for part in self.experts]
+        self.compose(self.folder('together', seed), named, 'seen', seed, STEPS['together'], base)
+        flops = self.training_flops('together', seed)
+        for arm, width in (('dense', 128), ('wide', WIDE)):
+            steps = round(flops / (1024 * dense_flops(width)))
+            out = self.folder(arm, seed)
+            self.train(out, 'seen', seed, steps, f'--learning_rate={RATE}', f'--n_embd={width}')
+        alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
+        for part, expert in zip(self.experts, named, strict=True):
+            self.compose(alone[part], [expert], part, seed, STEPS['apart'], base)
+        self.compose(self.folder('apart', seed), list(alone.values()), 'seen', seed, 0)
+        both = [self.folder('together', seed), f'{self.unseen}={self.expert(self.unseen, seed)}']
+        self.compose(self.folder('grown', seed), both, self.unseen, seed, STEPS['grown'])
+        less = f'--forget={self.experts[0]}'
+        self.compose(self.folder('forgot', seed), [self.folder('grown', seed)], 'seen', seed, 0, less)
+        for arm in ('seed', 'together', 'dense', 'wide', 'apart', 'grown', 'forgot'):
+            self.measure(arm, seed)
+        for arm in ('together', 'apart'):
+            for k, route in ((1, 'text'), (2, 'text'), (1, 'token')):
+                self.measure(f'{arm}-{route}{k}', seed, arm, top_k=k, route=route)
+        self.average(seed)
+        self.measure('average', seed)
+        for part in [*self.experts, self.unseen]:
+            self.measure_one(self.expert(part, seed), load_model(self.expert(part, seed))[0])
+        for k in (2, 0):
+            self.ensemble(seed, k)
+
+    def training_flops(self, arm: str, seed: int) -> float:
+        """FLOPs of all training that an arm needs: its own, and that of the seed model and the experts."""
+        apart = [self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts]
+        experts = [self.expert(part, seed) for part in self.experts]
+        before = {
+            'seed': [],
+            'dense': [],
+            'wide': [],
+            'together': experts,
+            'apart': [*experts, *apart],
+            'grown': [*experts, self.folder('together', seed), self.expert(self.unseen, seed)],
+        }
+        before['forgot'] = [*before['grown'], self.folder('grown', seed)]
+        first = arm.split('-')[0]
+        own = [] if first in ('average', 'ensemble') else [self.folder(first, seed)]
+        runs = [*own, *before.get(first, experts)]
+        runs += [] if first in ('seed', 'dense', 'wide') else [self.folder('seed', seed)]
+        return sum(flops_of(read_run(folder)) for folder in runs)
+
+    # -------------------------------------------------------------------------
+    # Arms that need no training
+
+    def average(self, seed: int):
+        """The mean of the experts' weights, as the folder of a run."""
+        out = self.folder('average', seed)
+        if (out / checkpoint.LAST).exists():
+            return
+        states = [checkpoint.load_folder(self.expert(p, seed), checkpoint.BEST) for p in self.experts]
+        mean = {
+            name: torch.stack([state['model'][name] for state in states]).mean(0)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in states[0]['model'].items()
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.save({**states[0], 'model': mean, 'iter': 0}, out)
+
+    def ensemble(self, seed: int, top_k: int):
+        """cBTM's ensemble has no weights of its own: its record alone is kept."""
+        experts = {part: load_model(self.expert(part, seed))[0] for part in self.experts}
+        data = open_data(ROOT / 'data' / self.data / 'seen')
+        centres = Centres.load(ROOT / 'data' / self.data / FILE)
+        model = Ensemble(experts, centres, from_spec(data.tokenizer_spec), top_k)
+        self.measure(f'ensemble-{top_k or "all"}', seed, model=model)
+
+    # -------------------------------------------------------------------------
+    # Measurements
+
+    def measure(self, arm: str, seed: int, of: str = '', model=None, **routing):
+        """Put 'measured' into the run.json of an arm; of: the arm whose weights it has, with other routing;
+        model: one without a folder."""
+        out = self.folder(arm, seed)
+        found = read_run(out)
+        if 'measured' in found:
+            return
+        if model is None:
+            model, _ = load_model(ROOT / (self.folder(of, seed) if of else out))
+        if routing:
+            weights = model.state_dict()
+            model = Composed(replace(model.config, **routing), seed=0).eval()
+            model.load_state_dict({**weights, '_extra_state': model.get_extra_state()})
+        if not found:
+            self.record(out, seed, model, of, **routing)
+        measured = {'training_flops': self.training_flops(arm, seed), **self.measured(model)}
+        write_text(ROOT / out / RUN, json.dumps({**read_run(out), 'measured': measured}, indent=1) + '\n')
+        say(f'{out}: {measured["loss"]}')
+
+    def measure_one(self, out: Path, model):
+        found = read_run(out)
+        if 'measured' not in found:
+            found['measured'] = self.measured(model)
+            write_text(ROOT / out / RUN, json.dumps(found, indent=1) + '\n')
+
+    def record(self, out: Path, seed: int, model, of: str, **routing) -> dict:
+        """A run.json and metrics.jsonl of a model that was not trained, of the form that compare.py reads."""
+        config = read_run(self.folder(of or 'seed', seed))['config'] | routing
+        kind = compose.Knobs if of else Knobs
+        k = saved_knobs({**config, 'out_dir': str(out), 'max_iters': 0}, out, kind)
+        data = open_data(ROOT / 'data' / self.data / 'seen')
+        parts = model.experts if isinstance(model, Ensemble) else None
+        run = metrics.describe_run(k, [], parts[0] if parts else model, data, 'cpu', DTYPE, 1)
+        if parts:
+            run['describe'] = f'{len(parts)} experts, top_k {model.top_k}, mixed by distance'
+            for name in ('params', 'flops_per_token', 'cache_bytes_per_token'):
+                run['model'][name] *= len(parts)
+        starts = eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)
+        loss = loss_on(model, data.splits['val'], starts, k.batch_size)
+        (ROOT / out).mkdir(parents=True, exist_ok=True)
+        write_text(ROOT / out / metrics.METRICS, json.dumps({'iter': 0, 'val/loss': loss}) + '\n')
+        run |= {'status': 'finished', 'iter': 0, 'seconds': 0.0}
+        write_text(ROOT / out / RUN, json.dumps(run, indent=1) + '\n')
+        return run
+
+    def measured(self, model) -> dict:
+        """Loss on the validation text of each part, FLOPs per token of the forward pass as torch counts them,
+        and processor seconds per million tokens."""
+        losses, flops, seconds, tokens = {}, 0, 0.0, 0
+        for part in [*self.experts, self.unseen]:
+            split = open_data(ROOT / 'data' / self.data / part).splits['val']
+            starts = eval_starts(len(split), 256, WINDOWS)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+            losses[part] = loss_on(model, split, starts, 8)
+            seconds += resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
+            tokens += 256 * len(starts[0])
+            x, y = (torch.from_numpy(a) for a in eval_batch(split, *starts, 0, 8, 256))
+            # of attention, torch counts products that are not fused
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(x, y)
+            flops += counter.get_total_flops() / x.numel() / (len(self.experts) + 1)
+        return {'loss': losses, 'flops_per_token': flops, 'cpu_seconds_per_Mtoken': seconds / tokens * 1e6}
+
+
+DTYPE = pick_dtype('auto', 'cpu')
+
+
+@torch.no_grad()
+def loss_on(model, tokens, starts, batch_size: int) -> float:
+    def autocast():
+        return autocast_for('cpu', DTYPE)
+
+    return mean_loss(model.eval(), tokens, starts, batch_size, 256, 'cpu', autocast, Ranks())
+
+
+def read_run(folder: Path) -> dict:
+    path = ROOT / folder / RUN
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+
+
+def flops_of(run: dict) -> float:
+    """Of a run's own training."""
+    return run['config']['max_iters'] * run['tokens_per_step'] * run['model']['flops_per_token']
+
+
+def dense_flops(width: int) -> float:
+    """Training FLOPs per token of a dense model of config/size_cpu.py with another width."""
+    with torch.device('meta'):
+        return GPT(GPTConfig(block_size=256, n_embd=width, vocab_size=4096), seed=0).flops_per_token()
+
+
+def run(out: Path, program: str, *arguments: str):
+    """Run a program, unless its run is finished; keep what it printed and its processor seconds."""
+    if read_run(out).get('status') == 'finished':
+        return
+    say(f'{program} {out}')
+    (ROOT / out).mkdir(parents=True, exist_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with open(ROOT / out / 'log.txt', 'a', encoding='utf-8') as log:
+        command = [sys.executable, program, *arguments]
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    found = read_run(out)
+    if code or found.get('status') != 'finished':
+        sys.exit(f'{program} ended with {code}: see {out}/log.txt')
+    found['cpu_seconds'] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    write_text(ROOT / out / RUN, json.dumps(found, indent=1) + '\n')
+
+
+def say(text: str):
+    print(text, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+
+def table(study: Study) -> str:
+    """A row for each arm: loss in total and by part, and what it costs; means over seeds, and differences to
+    dense with their 95 % interval."""
+    return ''
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument('name', choices=KINDS)
+    parser.add_argument('--files', nargs='+', default=[], help='source: the rows that the data was made from')
+    parser.add_argument('--seeds', default='0,1,2', help='0,1,2')
+    parser.add_argument('--table', action='store_true', help='print the table of what is done')
+    args = parser.parse_args()
+    study = Study(args.name)
+    if args.table:
+        print(table(study))
+        return 0
+    if not (ROOT / 'data' / study.data / FILE).exists():
+        cut = ['--dataset=' + DATASET, f'--out_dir=data/{study.data}', *study.cut]
+        cut += ['--files', *args.files] if args.files else []
+        subprocess.run([sys.executable, 'data/cluster.py', *cut], cwd=ROOT, check=True)
+    torch.set_num_threads(1)
+    for seed in map(int, args.seeds.split(',')):
+        study.run_seed(seed)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
