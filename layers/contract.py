@@ -38,6 +38,9 @@ class Memory:
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
+    at, places in a step of fixed shapes (decoding.py): the place of the one token among those so far, as data,
+               a LongTensor (1,), and those of a cache that are looked at, 0, 1, 2, …, S - 1 in a LongTensor; else
+               None
     """
 
     def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
@@ -46,10 +49,13 @@ class Memory:
         self.tokens, self.embedded = tokens, embedded
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
+        self.at = self.places = None
 
     @property
     def mask(self):
-        """(B, 1, T, S) bool, who sees whom; None where that is simply everyone before."""
+        """(B or 1, 1, T, S) bool, who sees whom; None where that is simply everyone before."""
+        if self.at is not None and self.seen is None:
+            self.seen = (self.places <= self.at)[None, None, None]  # (1, 1, 1, S)
         if self.real is not None and self.seen is None:
             S = self.real.size(1)
             at = torch.arange(S, device=self.real.device)  # of keys; the T queries are the last of them
@@ -101,6 +107,7 @@ class Attention(Counted):
     published_past = True  # what it publishes is of all tokens so far, not of the new ones alone
     reads_all = False  # it reads every head of every earlier layer that publishes
     reads_tokens = False  # it reads memory.tokens or memory.embedded
+    steps = False  # it has new_read_cache, and with one it takes a token whose place is data (memory.at)
 
     def forward(self, x, memory: Memory, cache=None):
         """x (B, T, n_embd), the normalised residual stream -> what is added to the stream (B, T, n_embd).
