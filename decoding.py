@@ -1,9 +1,10 @@
-"""A token at a time in fixed shapes: what is compiled once, or captured once as a CUDA graph, and then repeated.
+"""A token at a time in fixed shapes: what is compiled once, or captured once as a CUDA graph, and then
+repeated.
 
-A pass over one token is hundreds of small operations, and starting them takes longer than computing them. Here
-the cache is whole from the start, the token and its place are data, and every operation has the same shapes for
-each token: `step(token, position) -> logits`. torch.compile makes one program of it (10 to 60 seconds on a CPU);
-on a GPU it is captured as a CUDA graph, together with the drawing of the token.
+A pass over one token is hundreds of small operations, and starting them takes longer than computing them.
+Here the cache is whole from the start, the token and its place are data, and every operation has the same
+shapes for each token: `step(token, position) -> logits`. torch.compile makes one program of it (10 to 60
+seconds on a CPU); on a GPU it is captured as a CUDA graph, together with the drawing of the token.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ GPU_PLACES = 256  # … or at 1, 2, 4, 8, … times as many: each is a graph
 
 
 def way(steps: bool, device_type: str, compile: bool) -> str:
-    """How the tokens after the first are best computed: 'captured' (a CUDA graph), 'compiled', or 'plain', pass
-    by pass. steps: whether all layers of the model take a token in fixed shapes; compile: whether that was asked
-    for, which also compiles what is captured."""
+    """How the tokens after the first are best computed: 'captured' (a CUDA graph), 'compiled', or 'plain',
+    pass by pass. steps: whether all layers of the model take a token in fixed shapes; compile: whether that
+    was asked for, which also compiles what is captured."""
     if not steps:
         return 'plain'
     if device_type == 'cuda':
@@ -47,7 +48,8 @@ def places(n: int, most: int, device_type: str) -> int:
 
 
 def logits_at(model, head, token, at, where, cache):
-    """The step: tokens (B, 1) at the place `at`, a LongTensor (1,) -> logits (B, vocab_size) of the next ones.
+    """The step: tokens (B, 1) at the place `at`, a LongTensor (1,) -> logits (B, vocab_size) of the next
+    ones.
 
     head: the weight of lm_head, in the type that the product runs in. The layers of the cache are written in
     place at `at`, and their places `where`, a LongTensor of 0, 1, 2, …, are looked at."""
@@ -70,9 +72,9 @@ def in_type(model, dtype):
 
 
 def compiled_step():
-    """logits_at, compiled for one model and one cache. torch keeps what it compiles by the code of a function,
-    and checks at each call that it fits, which takes a quarter of a step on a CPU: this one has a code of its
-    own, is called with the same model and cache alone, and checks nothing."""
+    """logits_at, compiled for one model and one cache. torch keeps what it compiles by the code of a
+    function, and checks at each call that it fits, which takes a quarter of a step on a CPU: this one has a
+    code of its own, is called with the same model and cache alone, and checks nothing."""
     code = logits_at.__code__.replace(co_name='step')
     own = FunctionType(code, logits_at.__globals__, 'step')
     unchecked = {'guard_filter_fn': lambda guards: [False] * len(guards)}
@@ -89,8 +91,8 @@ class Decoder:
     def __init__(self, model, B: int = 1, compile: bool = False):
         if not model.steps:
             raise ValueError(
-                f'attention={model.config.attention!r}: a layer takes no step of fixed shapes; draw without a '
-                'decoder'
+                f'attention={model.config.attention!r}: a layer takes no step of fixed shapes; draw '
+                'without a decoder'
             )
         device, dtype = model.cache_type()
         self.kind, self.most = device.type, model.config.block_size
@@ -103,11 +105,13 @@ class Decoder:
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.where = torch.arange(self.most, device=device)
         self.run = compiled_step() if compile else logits_at
+        self.begun = False
         self.graphs = {}  # (places, sampling, generator) -> (CUDA graph, where it leaves the tokens)
 
     @torch.no_grad()
     def step(self, token, position: int):
-        """Tokens (B, 1) at the place `position` of the cache -> logits (B, vocab_size) of what follows them."""
+        """Tokens (B, 1) at the place `position` of the cache -> logits (B, vocab_size) of what follows
+        them."""
         self.token.copy_(token)
         self.at.fill_(position)
         return self.logits(places(position + 1, self.most, self.kind))
@@ -115,18 +119,23 @@ class Decoder:
     def logits(self, size: int):
         """Of self.token at self.at."""
         where = self.where[:size]
-        if 1 < size and self.most > places(1, self.most, self.kind):
-            torch._dynamo.mark_dynamic(where, 0)  # the one length that a compiled step must not take for fixed
+        if not self.begun and self.most > size > 1:
+            torch._dynamo.mark_dynamic(
+                where, 0
+            )  # the one length that a compiled step must not take for fixed
+        self.begun = True
         cast = contextlib.nullcontext()
-        if self.dtype is not None:  # no cache of casts: a graph must not read what is dropped when autocast ends
+        if (
+            self.dtype is not None
+        ):  # no cache of casts: a graph must not read what is dropped when autocast ends
             cast = torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False)
         with cast, no_dropout(self.modules):
             return self.run(self.model, self.head, self.token, self.at, where, self.cache)
 
     @torch.no_grad()
     def next(self, token, sampling: Sampling, generator=None):
-        """Read the tokens (B, 1) that follow those of the cache -> the next ones (B, 1), -1 where the logits are
-        inf or nan. generator: of the draws; None is torch's own."""
+        """Read the tokens (B, 1) that follow those of the cache -> the next ones (B, 1), -1 where the logits
+        are inf or nan. generator: of the draws; None is torch's own."""
         self.token.copy_(token)
         self.at.fill_(self.cache.length)
         size = places(self.cache.length + 1, self.most, self.kind)
@@ -141,20 +150,22 @@ class Decoder:
         return tokens
 
     def captured(self, size: int, sampling: Sampling, generator):
-        """(CUDA graph, where it leaves its tokens) of a step that looks at `size` places; None where it cannot
-        be captured, which is told once."""
+        """(CUDA graph, where it leaves its tokens) of a step that looks at `size` places; None where it
+        cannot be captured, which is told once."""
         known = size, sampling, generator
         if known not in self.graphs:
             try:
                 self.graphs[known] = self.capture(*known)
             except RuntimeError as e:
-                warnings.warn(f'no CUDA graph of the step: {e}; tokens are computed without one', stacklevel=4)
+                warnings.warn(
+                    f'no CUDA graph of the step: {e}; tokens are computed without one', stacklevel=4
+                )
                 self.graphs[known] = None
         return self.graphs[known]
 
     def capture(self, size: int, sampling: Sampling, generator):
-        """Warming up computes the same keys and values at the same place as the step, and draws nothing, so that
-        random numbers stay as they are."""
+        """Warming up computes the same keys and values at the same place as the step, and draws nothing, so
+        that random numbers stay as they are."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -44,8 +44,8 @@ def stream_tokens(
     passes, and changes a token only where rounding decides (in bf16, at times). It needs one sequence and a
     cache that rewinds, and is not made without them.
 
-    decoder: a decoding.Decoder of this model and of as many sequences, whose compiled or captured steps make the
-    tokens after the first; the same tokens, except where rounding decides.
+    decoder: a decoding.Decoder of this model and of as many sequences, whose compiled or captured steps make
+    the tokens after the first; the same tokens, except where rounding decides.
 
     Where logits are inf or nan, -1 is yielded, and 0 is read in its place.
     """
@@ -102,7 +102,9 @@ def stream_tokens(
 def draw(logits, sampling: Sampling, generator=None):
     """Logits (B, vocab_size) -> one token id per row (B, 1), -1 where they are inf or nan."""
     logits = logits[:, : sampling.vocab]
-    return torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), drawn(logits, sampling, generator), -1)
+    return torch.where(
+        torch.isfinite(logits).all(dim=-1, keepdim=True), drawn(logits, sampling, generator), -1
+    )
 
 
 def drawn(logits, sampling: Sampling, generator):

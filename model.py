@@ -360,8 +360,9 @@ class GPT(LanguageModel):
         return sum(block.attn.state_bytes(itemsize) for block in self.transformer.h)
 
     def new_cache(self, B: int, reads: bool = False) -> Cache:
-        """Empty state for B sequences of at most block_size tokens, in the type of the keys. reads: layers hold
-        what they read where they can (layers/heads.py), which is faster and takes as much memory as vanilla."""
+        """Empty state for B sequences of at most block_size tokens, in the type of the keys. reads: layers
+        hold what they read where they can (layers/heads.py), which is faster and takes as much memory as
+        vanilla."""
         size, device_and_dtype = self.config.block_size, self.cache_type()
         layers = [b.attn for b in self.transformer.h]
         makers = [a.new_read_cache if reads and a.steps else a.new_cache for a in layers]
@@ -372,10 +373,10 @@ class GPT(LanguageModel):
         return all(block.attn.steps for block in self.transformer.h)
 
     def hidden_at(self, token, at, places, cache: Cache):
-        """Tokens (B, 1) at the place `at`, a LongTensor (1,), after those that the cache holds before it -> the
-        final residual stream (B, 1, n_embd). All shapes are fixed, and nothing but the tensors of the cache, made
-        with reads=True, is advanced. places: 0, 1, 2, … in a LongTensor, those of the cache that are looked
-        at."""
+        """Tokens (B, 1) at the place `at`, a LongTensor (1,), after those that the cache holds before it ->
+        the final residual stream (B, 1, n_embd). All shapes are fixed, and nothing but the tensors of the
+        cache, made with reads=True, is advanced. places: 0, 1, 2, … in a LongTensor, those of the cache that
+        are looked at."""
         x, memory = self.embed(token, pos=at[None])
         memory.at, memory.places = at, places
         for i in range(len(self.transformer.h)):

@@ -38,9 +38,8 @@ class Memory:
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
-    at, places in a step of fixed shapes (decoding.py): the place of the one token among those so far, as data,
-               a LongTensor (1,), and those of a cache that are looked at, 0, 1, 2, …, S - 1 in a LongTensor; else
-               None
+    at, places in a step of fixed shapes (decoding.py): the place of the one token among those so far, a
+               LongTensor (1,), and the places of a cache that are looked at, 0, 1, 2, …; else None
     """
 
     def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):

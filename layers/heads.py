@@ -54,8 +54,8 @@ class KVCache:
 
 class ReadCache(KVCache):
     """What one layer's heads read, in their order, (B, n_head, max_len, head_size) each: one attention call
-    reads it, whatever the plan, where a KVCache holds what is produced and is read piece by piece. It takes as
-    much memory as vanilla's. For steps of fixed shapes, in which the place of a token is data."""
+    reads it, whatever the plan, where a KVCache holds what is produced and is read piece by piece. It takes
+    as much memory as vanilla's. For steps of fixed shapes, in which the place of a token is data."""
 
     SPARE = 16  # places that are never used: a slice of all others is no special case for a compiler
 
@@ -108,11 +108,13 @@ def attend(q, k, v, mask=None, dropout_p=0.0):
 
 
 def attend_one(q, k, v, mask):
-    """Attention of one token q (B, H, 1, hs) over places k, v (B, H, S, hs), those where mask (B or 1, 1, 1, S)
-    says so: operations of fixed shapes, whatever the number of tokens so far. In fp32 at least where sums are
-    taken."""
+    """Attention of one token q (B, H, 1, hs) over places k, v (B, H, S, hs), those where mask (B or 1, 1, 1,
+    S) says so: operations of fixed shapes, whatever the number of tokens so far. In fp32 at least where sums
+    are taken."""
     exact = torch.promote_types(v.dtype, torch.float32)
-    if torch.compiler.is_compiling():  # fused to one pass each, where a call of a product costs more than it does
+    if (
+        torch.compiler.is_compiling()
+    ):  # fused to one pass each, where a call of a product costs more than it does
         scores = (q.mT.to(exact) * k.mT.to(exact)).sum(dim=2, keepdim=True)  # (B, H, 1, S)
     else:
         scores = (q.to(k.dtype) @ k.mT).to(exact)

@@ -28,8 +28,8 @@ def kernels(capability: tuple[int, int], T: int, S: int, masked: bool, learns: b
 
 
 def kernels_for(q, S: int, masked: bool, learns: bool):
-    """The context in which attention of q (B, H, T, hs) over S keys is computed. A compiled pass has its shapes
-    fixed and takes what torch chooses."""
+    """The context in which attention of q (B, H, T, hs) over S keys is computed. A compiled pass has its
+    shapes fixed and takes what torch chooses."""
     if q.device.type != 'cuda' or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     names = kernels(torch.cuda.get_device_capability(q.device), q.size(2), S, masked, learns)

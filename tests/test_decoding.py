@@ -22,7 +22,9 @@ def prompt(B=1, T=100):
 
 
 @pytest.mark.parametrize('attention', PLANS)
-@pytest.mark.parametrize('options', [{'temperature': 0}, {'temperature': 0.9, 'top_k': 20, 'top_p': 0.9}], ids=str)
+@pytest.mark.parametrize(
+    'options', [{'temperature': 0}, {'temperature': 0.9, 'top_k': 20, 'top_p': 0.9}], ids=str
+)
 def test_the_tokens_are_those_of_whole_passes(attention, options):
     """Past the end of the context, and with the same decoder once more."""
     model = model_of(attention, vocab_used=60, block_size=140).double()
@@ -71,7 +73,9 @@ def test_in_bf16_the_weights_are_cast_once_and_the_logits_are_those_of_autocast(
     exact = model(idx)[0][:, -1]
     assert (found - exact).abs().max() < 2 * (wanted - exact).abs().max()
     assert decoder.cache.layers[0].k.dtype == decoder.head.dtype == torch.bfloat16
-    assert model.lm_head.weight.dtype == torch.float32 and model.transformer.wte.weight is model.lm_head.weight
+    assert (
+        model.lm_head.weight.dtype == torch.float32 and model.transformer.wte.weight is model.lm_head.weight
+    )
     assert decoder.model.transformer.wte.weight.dtype == torch.float32
     assert decoder.model.transformer.h[1].mlp.c_fc.weight.dtype == torch.bfloat16
 
@@ -147,5 +151,3 @@ def test_a_capture_that_fails_is_told_and_the_tokens_are_the_same(monkeypatch):
     with pytest.warns(UserWarning, match='no CUDA graph of the step: operation not permitted') as told:
         assert torch.equal(model.generate(prompt(), 20, temperature=0, decoder=decoder), wanted)
     assert calls == [(256, Sampling(0), None)] and len(told) == 1
-
-
