@@ -178,3 +178,12 @@ class Decoder:
         with torch.cuda.graph(graph):
             tokens = draw(self.logits(size), sampling, generator)
         return graph, tokens
+
+
+def decoder_for(model, B: int = 1, compile: bool = False) -> Decoder | None:
+    """A Decoder where the device has a way that is faster than pass by pass, else None; that compile was
+    asked for and cannot be is told."""
+    found = way(model.steps, model.lm_head.weight.device.type, compile)
+    if found == 'plain' and compile:
+        warnings.warn('compile: the model has a layer that takes no step of fixed shapes', stacklevel=2)
+    return None if found == 'plain' else Decoder(model, B, compile)
