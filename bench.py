@@ -628,6 +628,13 @@ def bench_tokens(args) -> dict:
             drawn[lookup] = model.generate(idx, n, temperature=0, lookup=lookup)
             synchronize(args.device)
             seconds[lookup] = args.clock() - began
+        if way(model.steps, args.device.split(':')[0], args.compile == 'true') != 'plain':
+            decoder = Decoder(model, compile=args.compile == 'true')
+            model.generate(idx, 20, temperature=0, decoder=decoder)
+            began = args.clock()
+            drawn['steps'] = model.generate(idx, n, temperature=0, decoder=decoder)
+            synchronize(args.device)
+            seconds['steps'] = args.clock() - began
         prepare(NANOGPT[0], args)
         lengths = range(1 + args.every // 2, n + 1, args.every)  # the middle one of each so many
         theirs = 0.0
@@ -640,9 +647,15 @@ def bench_tokens(args) -> dict:
         # what it would have drawn, everywhere: the first difference would show
         with torch.no_grad():
             logits = nanogpt(drawn[0][:, :-1], drawn[0][:, 1:])[0][..., : c.vocab_used or None]
-        same = bool((logits.argmax(-1) == drawn[0][:, 1:]).all()) and torch.equal(*drawn.values())
+        same = bool((logits.argmax(-1) == drawn[0][:, 1:]).all())
+        same = same and all(torch.equal(drawn[0], other) for other in drawn.values())
     theirs *= n / len(lengths)
-    return {
+    steps = (
+        {'steps_seconds': seconds['steps'], 'steps_ratio': theirs / seconds['steps']}
+        if 'steps' in drawn
+        else {}
+    )
+    return steps | {
         'tokens': n,
         'different_tokens': drawn[0].unique().numel(),
         'block_size': c.block_size,
@@ -773,11 +786,13 @@ def markdown(result: dict) -> str:
         parts.append(table(head, rows))
     if 'tokens' in result:
         t = result['tokens']
-        same = 'the same' if t['same_tokens'] else 'OTHER'
+        same, told = 'the same' if t['same_tokens'] else 'OTHER', ''
+        if 'steps_ratio' in t:
+            told = f'; {t["steps_seconds"]:.2f} s by steps, {t["steps_ratio"]:.1f} times'
         parts.append(
             f'{t["tokens"]:,} greedy tokens, {same} ones: {t["seconds"]:.2f} s with the cache, '
             f'{t["lookup_seconds"]:.2f} s with guesses; {t["nanogpt_seconds"]:.1f} s by nanoGPT, '
-            f'{t["ratio"]:.1f} and {t["lookup_ratio"]:.1f} times as long'
+            f'{t["ratio"]:.1f} and {t["lookup_ratio"]:.1f} times as long' + told
         )
     return '\n\n'.join(parts)
 
