@@ -9,7 +9,6 @@ seconds on a CPU); on a GPU it is captured as a CUDA graph, together with the dr
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from types import FunctionType
@@ -124,11 +123,9 @@ class Decoder:
                 where, 0
             )  # the one length that a compiled step must not take for fixed
         self.begun = True
-        cast = contextlib.nullcontext()
-        if (
-            self.dtype is not None
-        ):  # no cache of casts: a graph must not read what is dropped when autocast ends
-            cast = torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False)
+        # without its cache of casts: a graph must not read what is dropped when autocast ends
+        low = self.dtype is not None
+        cast = torch.autocast(self.kind, dtype=self.dtype, enabled=low, cache_enabled=False)
         with cast, no_dropout(self.modules):
             return self.run(self.model, self.head, self.token, self.at, where, self.cache)
 

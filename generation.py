@@ -51,6 +51,8 @@ def stream_tokens(
     """
     if idx.size(1) < 1:
         raise ValueError('the prompt is empty: give at least one token, such as the end-of-text token')
+    if decoder is not None and len(decoder.token) != idx.size(0):
+        raise ValueError(f'the decoder is for {len(decoder.token)} sequences, and here are {idx.size(0)}')
     block_size = model.config.block_size
     sampling = Sampling(temperature, top_k, top_p, model.config.vocab_used or None)
     modules = list(model.modules())

@@ -107,6 +107,12 @@ def test_where_logits_are_no_numbers_no_token_is_drawn():
     assert drawn.tolist() == [-1, -1, -1]
 
 
+def test_a_decoder_of_another_number_of_sequences_is_refused():
+    model = model_of()
+    with pytest.raises(ValueError, match='for 2 sequences, and here are 3'):
+        model.generate(prompt(3), 1, decoder=Decoder(model, 2))
+
+
 def test_attention_of_one_token():
     """Against torch's, over the places that are there; compiled it is written as sums."""
     g = torch.Generator().manual_seed(1)
