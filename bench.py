@@ -57,7 +57,7 @@ PRESETS = {
     'cuda': (
         ['vanilla', 'reflex_422', 'skip_v1', 'value_residual', 'reflex_521', 'reflex_all'],
         '768/1024',
-        {'train': 210, 'decode': 60, 'together': 40, 'loss': 30},
+        {'train': 230, 'decode': 50, 'together': 30, 'loss': 25},
     ),
 }
 LOOKUP = 64  # tokens guessed at a time
@@ -355,7 +355,7 @@ def taking_turns(names, turn, rounds: int, until: float = 0.0) -> dict[str, list
 
 
 def bench_training(args) -> dict:
-    """Turns of training steps. With --seconds, arms that would begin to be built in the second half of them
+    """Turns of training steps. With --seconds, arms that would begin to be built in the last quarter of them
     are left out, and no turn begins after the end."""
     arms, left_out, until = {}, [], time.monotonic() + (args.seconds or 1e9)
     rest = {}  # bytes on the device beside those that a step needs
@@ -516,11 +516,12 @@ def bench_decode(args, B: int = 1, tokens: int = 64) -> dict:
             continue
         say(f'decode: {name}, {B} at once')
         model, most = decode_model(name, args, block_size), (args.rounds + 1) * n
-        if way(model.steps, args.device.split(':')[0], compile) != 'plain':
+        steps = way(model.steps, args.device.split(':')[0], compile) != 'plain'
+        if steps:
             with autocast_for(args.device, args.dtype), torch.no_grad():
                 decoder = Decoder(model, B, compile)
             begin(name, 'steps', model.stream(idx, most, temperature=0, decoder=decoder))
-        if B == 1 or not model.steps:
+        if B == 1 or not steps:
             begin(name, 'passes', model.stream(idx, most, temperature=0))
     if B == 1:
         shape = replace(args.knobs[args.arms[0]], block_size=block_size)

@@ -241,7 +241,7 @@ def test_a_part_of_a_preset_that_fails_or_hangs_is_told_and_skipped(monkeypatch,
     monkeypatch.setattr(bench.subprocess, 'run', process)
     given, skipped = bench.bench_preset(args, [])
     assert given == {'together': {'vanilla': {}}, 'loss': {'vanilla': {}}}
-    assert 'timed out after 210 seconds' in skipped['train'] and 'status 3' in skipped['decode']
+    assert 'timed out after 230 seconds' in skipped['train'] and 'status 3' in skipped['decode']
     assert 'decode skipped after' in capsys.readouterr().err
     assert sum(args.limits.values()) <= 345  # of six minutes, with the start
 
