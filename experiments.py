@@ -207,6 +207,16 @@ EXPERIMENTS = {
         ),
         beside='4',
     ),
+    'controls': Experiment(
+        'Is what values of layer 0 give a path for the identity of tokens?',
+        configs('embedding_values', 'bank', 'x0_skip', 'svformer', 'skip_v1', 'value_residual'),
+        beside='4',
+    ),
+    'modern': Experiment(
+        'What is left of each lead on a base of today?',
+        configs('vanilla', 'reflex_422', 'skip_v1', 'embedding_values', 'value_residual', 'x0_skip'),
+        arguments=['config/base_modern.py'],
+    ),
     'leap': Experiment(
         'Does LEAP with windows beat vanilla, and vanilla LEAP without windows?',
         configs('vanilla', 'leap', 'leap_global', 'additive', 'additive_global'),

@@ -128,8 +128,8 @@ def drawn(logits, sampling: Sampling, generator):
 
 @contextlib.contextmanager
 def no_dropout(modules):
-    """Inside, those of the modules that are in training mode are not, for as long as it takes to compute
-    something."""
+    """Inside this context the modules are in evaluation mode; afterwards each has the mode that it had
+    before."""
     training = [m for m in modules if m.training]
     for module in training:
         module.training = False

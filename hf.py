@@ -90,7 +90,7 @@ def trimmed(model: LanguageModel):
     return replace(model.config, vocab_size=used, vocab_used=0), state
 
 
-def reflex(kind: type, config, state, special) -> ReflexForCausalLM:
+def reflex(kind: type[LanguageModel], config, state, special) -> ReflexForCausalLM:
     given = {k: v for k, v in asdict(config).items() if k != 'vocab_used'}
     config_class, model_class = CLASSES[kind]
     model = model_class(config_class(**given, **special))

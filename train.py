@@ -52,7 +52,7 @@ from runs.text import print_sample
 
 
 def main(argv: list[str]) -> int:
-    """Everything that can be refused, before anything is built; then `train`."""
+    """Refuse what can be refused before anything is built; then `train`."""
     # 1. Read the knobs, and refuse what cannot work.
     k, given, resume, there = read_knobs(argv, __doc__)
     group = ranks()
@@ -101,7 +101,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
     if not k.eval_only:
         step.begin(it)
     progress = Progress(k.max_iters, it, on=group.main)
-    warmup = k.warmup_iters if k.decay_lr else 0  # during which nothing is usual yet
+    warmup = k.warmup_iters if k.decay_lr else 0  # values are not usual yet during the warm-up
     status = 'failed'
     stop.catch_signals()
     try:

@@ -8,8 +8,8 @@ same training FLOPs.
 For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
 branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
 one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. Runs are made
-in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the same
-command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
+in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the
+same command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
 """
 
 from __future__ import annotations

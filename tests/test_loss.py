@@ -210,7 +210,7 @@ for softcap in (0.0, 5.0):
 def test_the_fused_loss_and_its_gradients():
     pytest.importorskip('triton', reason='triton is not installed: the kernel cannot be interpreted')
     root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, 'TRITON_INTERPRET': '1'}
+    environment = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, '-c', FUSED], cwd=root, env=environment, capture_output=True, text=True, check=False
     )
