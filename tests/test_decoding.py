@@ -91,7 +91,7 @@ def test_compiled_one_program_serves_all_lengths_and_each_decoder_has_its_own(mo
     monkeypatch.setattr(torch, 'compile', compile)
     decoders = []
     for i, attention in enumerate(PLANS[::3]):
-        model = model_of(attention, n_layer=3, block_size=150).double()
+        model = model_of(attention, block_size=150).double()
         decoders.append((model, Decoder(model, compile=True)))
         wanted = model.generate(prompt(), 40, temperature=0)  # places: 128, then 150
         for some, decoder in decoders:
