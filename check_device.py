@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def model_of(args, attention='reflex(4-2-2)', **changes) -> GPT:
     model = GPT(GPTConfig(**{**SIZES[args.size], 'attention': attention, **changes}), seed=1)
     with torch.no_grad():
         for p in model.parameters():  # far from its start, where all tokens are nearly alike
-            p.mul_(3) if p.dim() > 1 else p
+            if p.dim() > 1:
+                p.mul_(3)
     return model.to(args.device)
 
 
@@ -96,11 +98,11 @@ def check_low_precision(args):
 
 
 def check_tokens(args):
-    """Greedy tokens in fp32, of each plan: with a cache, and by steps of fixed shapes (captured on CUDA),
+    """Greedy tokens in fp64, of each plan: with a cache, and by steps of fixed shapes (captured on CUDA),
     past the end of the context; how many differ from those that are drawn without a cache."""
     differ, size = 0, 40 if args.size == 'tiny' else 300
     for attention in PLANS:
-        model = model_of(args, attention, block_size=size).eval()
+        model = model_of(args, attention, block_size=size).double().eval()
         idx = tokens_of(args, 2, size - 20)
         wanted = model.generate(idx, 40, temperature=0, use_cache=False)
         decoder = Decoder(model, 2)
@@ -111,8 +113,8 @@ def check_tokens(args):
 
 
 def check_drawn(args):
-    """Tokens drawn at temperature 1 by the same random numbers, in fp32; how many differ."""
-    model, idx, drawn = model_of(args).eval(), tokens_of(args, 3, 10), []
+    """Tokens drawn at temperature 1 by the same random numbers, in fp64; how many differ."""
+    model, idx, drawn = model_of(args).double().eval(), tokens_of(args, 3, 10), []
     decoder = Decoder(model, 3)
     for own in ({'use_cache': False}, {'decoder': decoder}):
         generator = torch.Generator(args.device).manual_seed(5)
@@ -332,7 +334,9 @@ def main(argv: list[str]) -> int:
         '--seconds', type=float, default=120.0, help='checks that would begin later are left out'
     )
     parser.add_argument('--backend', default='inductor', help='of torch.compile')
-    parser.add_argument('--out', type=Path, help='JSON (default: out/bench/check-DEVICE.json)')
+    parser.add_argument(
+        '--out', type=Path, help='JSON (default: results/bench/check-CARD.json; out/bench on a CPU)'
+    )
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
@@ -341,7 +345,10 @@ def main(argv: list[str]) -> int:
     card = metrics.device_name(args.device)
     print(f'{card}, {args.dtype}\n\n| check | | |\n| --- | --- | --- |')
     rows = all_checks(args)
-    args.out = args.out or ROOT / 'out' / 'bench' / f'check-{args.device[:4]}.json'
+    if not args.out:
+        kept = 'results' if args.device.startswith('cuda') else 'out'
+        slug = re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')
+        args.out = ROOT / kept / 'bench' / f'check-{slug}.json'
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {'device': {'name': card, 'dtype': args.dtype}, 'size': args.size, 'commit': metrics.commit()}
     result |= {'versions': metrics.versions(), 'checks': rows}
