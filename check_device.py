@@ -334,9 +334,7 @@ def main(argv: list[str]) -> int:
         '--seconds', type=float, default=120.0, help='checks that would begin later are left out'
     )
     parser.add_argument('--backend', default='inductor', help='of torch.compile')
-    parser.add_argument(
-        '--out', type=Path, help='JSON (default: results/bench/check-CARD.json; out/bench on a CPU)'
-    )
+    parser.add_argument('--out', type=Path, help='JSON; results/bench/check-CARD.json, out/bench on a CPU')
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
