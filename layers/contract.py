@@ -8,6 +8,7 @@ tests/test_layers.py then holds it against all of this.
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,12 @@ PADDING = ('right', 'left', 'anywhere')
 
 def unrotated(x):
     return x
+
+
+def captured() -> bool:
+    """Whether a graph is being taken down that must hold for other inputs (torch.export, torch.jit.trace):
+    then no decision may depend on a size or on a value."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class Memory:
@@ -37,15 +44,24 @@ class Memory:
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
     at, places in a step of fixed shapes (decoding.py): the place of the one token among those so far, a
                LongTensor (1,), and the places of a cache that are looked at, 0, 1, 2, …; else None
+    weights    where somebody asks for them, a list to which every attention with scores appends who looks at
+               whom, (B, n_head, T, S); else None
     """
 
     def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, embed=None):
         self.published, self.inputs = [], []
-        self.queries = self.x0 = None
+        self.queries = self.x0 = self.weights = None
         self.tokens, self.embedded, self.embed = tokens, embedded, embed
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
         self.at = self.places = None
+
+    def copy(self) -> Memory:
+        """One that holds the same so far, with lists of its own: for a block that is computed twice."""
+        other = copy.copy(self)
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list)}
+        vars(other).update(lists)
+        return other
 
     @property
     def mask(self):

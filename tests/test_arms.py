@@ -11,7 +11,7 @@ from conftest import random_gpt
 from layers.heads import HeadPlanAttention, KVCache
 from layers.tokens import TokenCache
 from model import GPT, GPTConfig
-from runs.knobs import Knobs, model_config
+from runs.knobs import Knobs, config_file, model_config
 from test_model import SMALL, tokens
 
 
@@ -181,7 +181,7 @@ PLANS = {  # config -> of each layer, whose keys and whose values its eight head
 
 @pytest.mark.parametrize('name', PLANS)
 def test_the_table_of_a_plan(name, root):
-    knobs = configure(Knobs, [str(root / f'config/{name}.py')]).knobs
+    knobs = configure(Knobs, [str(root / config_file(name))]).knobs
     plan = model_config(knobs, 64, 64).head_plan()
     for l, (row, wanted) in enumerate(zip(plan.heads, PLANS[name], strict=True)):
         for what, sources in zip(('key', 'value'), wanted, strict=True):

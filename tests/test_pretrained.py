@@ -195,9 +195,9 @@ def test_other_attentions_take_what_means_the_same(gpt2_folder):
 
 
 def test_the_published_size_fares_as_the_readme_says(root):
-    """config/rugpt_reflex.py from 24 layers of 16 heads, with shapes alone."""
+    """config/recipes/rugpt_reflex.py from 24 layers of 16 heads, with shapes alone."""
     names, settings = {f.name for f in fields(GPTConfig)}, {}
-    exec((root / 'config' / 'rugpt_reflex.py').read_text(encoding='utf-8'), settings)
+    exec((root / 'config/recipes/rugpt_reflex.py').read_text(encoding='utf-8'), settings)
     settings = {name: value for name, value in settings.items() if name in names}
     large = GPTConfig(n_layer=24, n_head=16, n_embd=1536, block_size=2048, vocab_size=50257, bias=True)
     with torch.device('meta'):
