@@ -45,7 +45,9 @@ RUNS = {
     'one rank of DDP': [],
     'fp16 with its scaler': ['--dtype=float16'],
     'LEAP': ['--attention=leap'],
-    'hierarchy': 'config/hierarchy/hierarchy_cpu.py --block_size=32 --groups=4 --latents=2 --widths=32-64'.split(),
+    'hierarchy': (
+        'config/hierarchy/hierarchy_cpu.py --block_size=32 --groups=4 --latents=2 --widths=32-64'
+    ).split(),
 }
 
 
