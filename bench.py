@@ -5,6 +5,7 @@
     python bench.py vanilla --nanogpt=../nanoGPT                 # and a checkout of nanoGPT, in the same run
     python bench.py vanilla --parts=tokens --nanogpt=../nanoGPT  # 1,000 greedy tokens against nanoGPT's
     python bench.py vanilla hierarchy_cpu --block=2048 --batch=2 --groups=128 --parts=train
+    python bench.py --preset=cuda                                # all of it on one GPU, within six minutes
 
 An arm is a config file, by its path or by its name in config/; the first one is the baseline. Any
 --knob=value of train.py can be added; it goes to every arm, as do --batch and --block. Arms take turns
@@ -13,6 +14,12 @@ Memory and start-up are measured in a process of their own, since a process has 
 
 nanoGPT runs its own model and optimizer: as its README says for the device (CPU: fp32, not compiled), and at
 best (compiled, the precision that is native, fused AdamW). Prints Markdown, writes JSON.
+
+A preset names arms and parts, and gives each part a process and a time of its own: what fails or takes longer
+is told and skipped. Without --nanogpt its way is taken by a model of ours that does as nanoGPT does: logits
+of all tokens at once, no cache. `decode` is generation with compiled or captured steps (decoding.py),
+`together` the same of many sequences at once. check_device.py tells whether the device computes what it
+should.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -44,8 +52,16 @@ SIZES = {
     '768/1024': ([], 50304, 1),
     'shakespeare': (['config/recipes/shakespeare_char_cpu.py'], 128, 12),
 }
+# preset -> (arms, size, seconds for each part)
+PRESETS = {
+    'cuda': (
+        ['vanilla', 'reflex_422', 'skip_v1', 'value_residual', 'reflex_521', 'reflex_all'],
+        '768/1024',
+        {'train': 230, 'decode': 50, 'together': 30, 'loss': 25},
+    ),
+}
 LOOKUP = 64  # tokens guessed at a time
-PARTS = ('train', 'alone', 'generate', 'tokens', 'race')
+PARTS = ('train', 'alone', 'generate', 'tokens', 'race', 'decode', 'together', 'loss')
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 # the CPU recipe of nanoGPT's README, where it differs from the defaults of Knobs
 NANOGPT_RECIPE = {
@@ -72,7 +88,15 @@ def command_line(argv) -> argparse.Namespace:
     add('--batch', type=int, default=0, help='sequences per step; 0 = of the size')
     add('--block', type=int, default=0, help='tokens per sequence; 0 = of the size')
     add('--vocab', type=int, default=0, help='0 = of the size')
-    add('--parts', default=','.join(PARTS[:4]), help=f'of {",".join(PARTS)} (default: all but the last)')
+    add('--parts', default=','.join(PARTS[:4]), help=f'of {",".join(PARTS)} (default: the first four)')
+    add('--preset', choices=PRESETS, help='arms, parts and their times, all at once')
+    add('--sequences', type=int, default=32, help='of the part `together`')
+    add(
+        '--seconds',
+        type=float,
+        default=0.0,
+        help='of a part that takes turns: begin none after; 0 = no limit',
+    )
     add('--target', type=float, default=1.88, help='of the race: loss on the validation data')
     add('--rounds', type=int, default=9, help='turns of each arm')
     add('--steps', type=int, default=2, help='training steps per turn')
@@ -92,14 +116,21 @@ def command_line(argv) -> argparse.Namespace:
     add('--threads', type=int, default=0, help="CPU threads; 0 = torch's choice")
     add('--nanogpt', type=Path, help='a checkout of nanoGPT')
     add('--out', type=Path, help='JSON (default: out/bench/SIZE-DEVICE.json)')
+    add('--within', default='', help=argparse.SUPPRESS)  # run this part of a preset, print its JSON, and end
     add('--alone', default='', help=argparse.SUPPRESS)  # run this arm for its memory and start-up, and end
     add('--began', type=float, default=0.0, help=argparse.SUPPRESS)
     args, args.extra = parser.parse_known_args(argv)
+    if args.preset:
+        arms, size, args.limits = PRESETS[args.preset]
+        chosen = {'arms': arms, 'size': size, 'parts': ','.join(args.limits), 'contexts': '1024'}
+        for name, value in chosen.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
     configure(Knobs, args.extra)  # refuses what is no knob
-    for name in ('batch', 'block', 'vocab', 'threads', 'tokens'):
+    for name in ('batch', 'block', 'vocab', 'threads', 'tokens', 'seconds'):
         if getattr(args, name) < 0:
             parser.error(f'--{name}={getattr(args, name)}: must not be negative')
-    for name in ('rounds', 'steps', 'every'):
+    for name in ('rounds', 'steps', 'every', 'sequences'):
         if getattr(args, name) < 1:
             parser.error(f'--{name}={getattr(args, name)}: must be at least 1')
     args.parts = args.parts.split(',')
@@ -125,8 +156,12 @@ if __name__ == '__main__':
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from data.tokendata import eval_windows, get_batch, open_data
+from decoding import Decoder, way
+from layers.loss import FUSED_ROWS, ROWS, TRITON, linear_cross_entropy
+from model import GPT, GPTConfig
 from runs import metrics
 from runs.datasets import data_folder
 from runs.models import build, load_model
@@ -157,6 +192,9 @@ def arguments(argv) -> argparse.Namespace:
         check(args.knobs[path.stem])
     args.arms = list(args.knobs)
     args.vocab = args.vocab or vocab
+    if not args.out and args.preset:
+        card = re.sub(r'[^a-z0-9]+', '-', metrics.device_name(args.device).lower()).strip('-')
+        args.out = ROOT / 'results' / 'bench' / f'preset-{args.preset}-{card}.json'
     args.out = args.out or ROOT / 'out' / 'bench' / f'{args.size.replace("/", "-")}-{args.device[:4]}.json'
     return args
 
@@ -206,8 +244,33 @@ def load_nanogpt(folder: Path):
     return module
 
 
+class NanoGPTWay(GPT):
+    """A GPT that computes as nanoGPT does: logits of all tokens and their loss by torch's function, and every
+    token from the whole context, drawn by torch.multinomial."""
+
+    def forward(self, idx, targets=None):
+        hidden = self.hidden(idx)
+        if targets is None:
+            return self.logits(hidden[:, -1:]), None
+        logits = self.logits(hidden)  # (B, T, vocab_size)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens: int, top_k: int):
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1]
+            kth = logits.topk(top_k).values[:, [-1]]
+            p = logits.masked_fill(logits < kth, -torch.inf).softmax(dim=-1)
+            idx = torch.cat([idx, torch.multinomial(p, num_samples=1)], dim=1)
+        return idx
+
+
 def nanogpt_model(k, args, vocab: int = 0):
-    """nanoGPT's in the shape of k, knobs or a config."""
+    """nanoGPT's in the shape of k, knobs or a config; where no checkout is given, of our own model."""
+    if not args.nanogpt:
+        names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')
+        own = GPTConfig(**{name: getattr(k, name) for name in names}, vocab_size=vocab or args.vocab)
+        return NanoGPTWay(own, seed=1).to(args.device)
     module = load_nanogpt(args.nanogpt)
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')
     shape = {name: getattr(k, name) for name in names}
@@ -262,7 +325,7 @@ def prepare(name: str, args):
 
 
 def all_arms(args) -> list[str]:
-    extra = [*NANOGPT] if args.nanogpt else []
+    extra = [*NANOGPT] if args.nanogpt else [NANOGPT[0]] if args.preset else []
     if args.nanogpt and not args.device.startswith('cpu'):
         extra = extra[:1]  # README's settings are the best ones there
     return args.arms + extra
@@ -278,10 +341,13 @@ def spread(values) -> dict:
     return {'median': middle, 'quartiles': [low, high]}
 
 
-def taking_turns(names, turn, rounds: int) -> dict[str, list[float]]:
-    """turn(name) -> seconds, of every arm in every round; who begins rotates."""
+def taking_turns(names, turn, rounds: int, until: float = 0.0) -> dict[str, list[float]]:
+    """turn(name) -> seconds, of every arm in every round; who begins rotates. until: of time.monotonic(),
+    when no other round begins, except the first."""
     seconds = {name: [] for name in names}
     for i in range(rounds):
+        if until and i and time.monotonic() > until:
+            break
         first = i % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(turn(name))
@@ -289,14 +355,27 @@ def taking_turns(names, turn, rounds: int) -> dict[str, list[float]]:
 
 
 def bench_training(args) -> dict:
-    names = all_arms(args)
-    arms = {}
-    for name in names:
+    """Turns of training steps. With --seconds, arms that would begin to be built in the last quarter of them
+    are left out, and no turn begins after the end."""
+    arms, left_out, until = {}, [], time.monotonic() + (args.seconds or 1e9)
+    rest = {}  # bytes on the device beside those that a step needs
+    first = args.arms[0]
+    for name in [first, *(n for n in all_arms(args) if n in NANOGPT), *args.arms[1:]]:
+        if arms and args.seconds and time.monotonic() > until - 0.25 * args.seconds:
+            left_out.append(name)
+            continue
         say(f'train: {name}')
         prepare(name, args)
         arms[name] = make_arm(name, args)
         for _ in range(2):  # compiles, and allocates the optimizer's state
             arms[name][1]()
+    names = [name for name in all_arms(args) if name in arms]
+    peaks = {}
+    for name in names if args.device.startswith('cuda') else ():
+        torch.cuda.reset_peak_memory_stats()
+        rest[name] = torch.cuda.memory_allocated()
+        arms[name][1]()
+        peaks[name] = torch.cuda.max_memory_allocated() - rest[name]
 
     def turn(name):
         prepare(name, args)
@@ -307,7 +386,7 @@ def bench_training(args) -> dict:
         synchronize(args.device)
         return args.clock() - began
 
-    seconds = taking_turns(names, turn, args.rounds)
+    seconds = taking_turns(names, turn, args.rounds, until)
     peak, rows = metrics.peak_flops(args.device), {}
     for name in names:
         k = args.knobs.get(name) or args.knobs[args.arms[0]]
@@ -316,10 +395,15 @@ def bench_training(args) -> dict:
         pairs = zip(seconds[args.arms[0]], seconds[name], strict=True)
         row['ratio'] = spread([ours / theirs for ours, theirs in pairs])
         row['seconds'] = seconds[name]
+        row['ms_per_step'] = 1e3 * spread(seconds[name])['median'] / args.steps
+        if name in peaks:
+            row['step_bytes'] = peaks[name]
         if name in args.knobs:
             flops = arms[name][0].flops_per_token()
             row['flops_per_token'] = flops
             row['mfu'] = peak and row['tokens_per_s']['median'] * flops / peak
+    for name in left_out:
+        say(f'train: {name} left out: no time for it within {args.seconds:g} seconds')
     return rows
 
 
@@ -401,6 +485,123 @@ def bench_generation(args) -> dict:
     return rows
 
 
+def decode_model(name: str, args, block_size: int):
+    k = replace(args.knobs[name], block_size=block_size)
+    return build(k, model_config(k, args.vocab, args.vocab)).to(args.device).eval()
+
+
+def bench_decode(args, B: int = 1, tokens: int = 64) -> dict:
+    """Greedy tokens/s after the first context is read: by steps of fixed shapes, pass by pass, and without a
+    cache, as nanoGPT does it; of B sequences together by steps alone. With --compile=true steps are
+    compiled."""
+    context, rows, until = args.contexts[0], {}, time.monotonic() + (args.seconds or 1e9)
+    n = max(2, tokens // 4 if args.device == 'cpu' else tokens)
+    block_size = context + (args.rounds + 1) * n + 3
+    block_size = -(-block_size // 256) * 256 if block_size > 256 else block_size
+    idx = torch.randint(args.vocab, (B, context), generator=torch.Generator().manual_seed(1)).to(args.device)
+    streams, begun = {}, {}
+
+    def begin(name, how, stream):
+        prepare(name, args)
+        began = time.perf_counter()
+        with autocast_for(args.device, args.dtype):
+            next(stream), next(stream)  # reads the context, compiles or captures the step
+        synchronize(args.device)
+        streams[name, how], begun[name, how] = stream, time.perf_counter() - began
+
+    compile = args.compile == 'true'
+    for name in args.arms:
+        if streams and time.monotonic() > until - 0.3 * (args.seconds or 0):
+            say(f'decode: {name} left out: no time for it within {args.seconds:g} seconds')
+            continue
+        say(f'decode: {name}, {B} at once')
+        model, most = decode_model(name, args, block_size), (args.rounds + 1) * n
+        steps = way(model.steps, args.device.split(':')[0], compile) != 'plain'
+        if steps:
+            with autocast_for(args.device, args.dtype), torch.no_grad():
+                decoder = Decoder(model, B, compile)
+            begin(name, 'steps', model.stream(idx, most, temperature=0, decoder=decoder))
+        if B == 1 or not steps:
+            begin(name, 'passes', model.stream(idx, most, temperature=0))
+    if B == 1:
+        shape = replace(args.knobs[args.arms[0]], block_size=block_size)
+        begin(
+            'nanoGPT', 'whole', nanogpt_stream(nanogpt_model(shape, args).eval(), idx, (args.rounds + 1) * n)
+        )
+
+    def turn(arm):
+        prepare(arm[0], args)
+        took = n if arm[1] == 'steps' else max(1, n // 8)
+        began = args.clock()
+        with autocast_for(args.device, args.dtype):
+            for _ in range(took):
+                next(streams[arm])
+        synchronize(args.device)
+        return (args.clock() - began) / took
+
+    seconds = taking_turns(list(streams), turn, args.rounds, until)
+    for (name, how), found in seconds.items():
+        first = seconds.get((args.arms[0], how), found)
+        row = {'tokens_per_s': spread([B / s for s in found]), 'to_the_second_token_s': begun[name, how]}
+        row['ratio'] = spread([ours / theirs for ours, theirs in zip(first, found, strict=True)])
+        rows.setdefault(name, {})[how] = row
+    return rows
+
+
+def bench_loss(args) -> dict:
+    """Milliseconds and bytes of the head's loss and its gradients, for the tokens of a step: all rows at once
+    and compiled, in chunks, and by the fused kernel where it is."""
+    k = args.knobs[args.arms[0]]
+    N, device = k.batch_size * k.block_size, args.device
+    hidden = torch.randn(N, k.n_embd, device=device).requires_grad_()
+    weight = (torch.randn(args.vocab, k.n_embd, device=device) / 50).requires_grad_()
+    targets = torch.randint(args.vocab, (N,), device=device)
+    compiled = torch.compile(linear_cross_entropy) if args.compile != 'false' else linear_cross_entropy
+    ways = {'all rows at once': (compiled, N), 'as trained': (linear_cross_entropy, None)}
+    if device.startswith('cuda') and TRITON:
+        ways |= {f'fused, {rows} rows': (linear_cross_entropy, rows) for rows in (ROWS['cuda'], FUSED_ROWS)}
+
+    def turn(name):
+        function, rows = ways[name]
+        began = args.clock()
+        with autocast_for(device, args.dtype):
+            value = function(hidden, weight, targets, rows=rows)
+        torch.autograd.grad(value, (hidden, weight))
+        synchronize(device)
+        return args.clock() - began
+
+    rows = {}
+    for name in ways:
+        turn(name)
+        if device.startswith('cuda'):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            turn(name)
+            rows[name] = {'bytes': torch.cuda.max_memory_allocated() - before}
+    for name, found in taking_turns(list(ways), turn, args.rounds).items():
+        rows.setdefault(name, {})['ms'] = spread([1e3 * s for s in found])
+    return rows
+
+
+def bench_preset(args, argv) -> tuple[dict, dict]:
+    """(what each part gave, why others gave nothing): each in a process of its own, and within its time."""
+    given, skipped = {}, {}
+    for part in args.parts:
+        limit = args.limits[part]
+        own = ['--within=' + part, f'--seconds={0.8 * limit - 10:g}']  # the rest: imports, and the first turn
+        began = time.monotonic()
+        try:
+            command = [sys.executable, str(Path(__file__)), *argv, *own]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
+            if done.returncode:
+                raise RuntimeError(f'its process ended with status {done.returncode}')
+            given[part] = json.loads(done.stdout.splitlines()[-1])
+        except (subprocess.TimeoutExpired, RuntimeError, ValueError, IndexError) as e:
+            skipped[part] = f'{type(e).__name__}: {e}'[-300:]
+            say(f'{part} skipped after {time.monotonic() - began:.0f} s: {skipped[part]}')
+    return given, skipped
+
+
 def bench_tokens(args) -> dict:
     """Greedy tokens after a prompt of one, by the baseline with its cache, then with guesses too, and by
     nanoGPT with the same weights: random ones, or those of a run."""
@@ -428,6 +629,13 @@ def bench_tokens(args) -> dict:
             drawn[lookup] = model.generate(idx, n, temperature=0, lookup=lookup)
             synchronize(args.device)
             seconds[lookup] = args.clock() - began
+        if way(model.steps, args.device.split(':')[0], args.compile == 'true') != 'plain':
+            decoder = Decoder(model, compile=args.compile == 'true')
+            model.generate(idx, 20, temperature=0, decoder=decoder)
+            began = args.clock()
+            drawn['steps'] = model.generate(idx, n, temperature=0, decoder=decoder)
+            synchronize(args.device)
+            seconds['steps'] = args.clock() - began
         prepare(NANOGPT[0], args)
         lengths = range(1 + args.every // 2, n + 1, args.every)  # the middle one of each so many
         theirs = 0.0
@@ -440,9 +648,15 @@ def bench_tokens(args) -> dict:
         # what it would have drawn, everywhere: the first difference would show
         with torch.no_grad():
             logits = nanogpt(drawn[0][:, :-1], drawn[0][:, 1:])[0][..., : c.vocab_used or None]
-        same = bool((logits.argmax(-1) == drawn[0][:, 1:]).all()) and torch.equal(*drawn.values())
+        same = bool((logits.argmax(-1) == drawn[0][:, 1:]).all())
+        same = same and all(torch.equal(drawn[0], other) for other in drawn.values())
     theirs *= n / len(lengths)
-    return {
+    steps = (
+        {'steps_seconds': seconds['steps'], 'steps_ratio': theirs / seconds['steps']}
+        if 'steps' in drawn
+        else {}
+    )
+    return steps | {
         'tokens': n,
         'different_tokens': drawn[0].unique().numel(),
         'block_size': c.block_size,
@@ -513,19 +727,22 @@ def markdown(result: dict) -> str:
 
     alone, training, generation = (result.get(part, {}) for part in ('alone', 'train', 'generate'))
     baseline, parts = result['arms'][0], []
-    rows = []
+    rows, has_bytes = [], any('step_bytes' in row for row in training.values())
     for name in training or alone:
         of_training, of_alone = training.get(name), alone.get(name)
         row = [name]
         if of_training:
             row += [cell(of_training['tokens_per_s'], 0), cell(of_training['ratio'], 3)]
             row += [f'{of_training["mfu"]:.1%}' if of_training.get('mfu') else '-']
+            if has_bytes:
+                row += [f'{of_training["step_bytes"] / 2**30:.2f} GiB']
         if of_alone:
             memory = of_alone['peak_bytes']
             row += [f'{memory / 2**20:,.0f} MiB' if memory else '-', f'{of_alone["first_step_s"]:.1f} s']
         rows.append(row)
     if rows:
         head = ['training', 'tokens/s', f'of {baseline}', 'MFU'] if training else ['training']
+        head += ['above the weights'] if has_bytes else []
         parts.append(table(head + (['peak memory', 'to the first step'] if alone else []), rows))
     if generation:
         contexts = list(next(iter(generation.values())))
@@ -535,6 +752,28 @@ def markdown(result: dict) -> str:
             found = [by_context[c].get(how) for c in contexts for how in ('cached', 'recomputed')]
             rows.append([name, *(f'{f["tokens_per_s"]["median"]:,.1f}' if f else '-' for f in found)])
         parts.append(table(head, rows))
+    for part in ('decode', 'together'):
+        rows = [
+            [
+                name,
+                how,
+                cell(row['tokens_per_s'], 1),
+                cell(row['ratio'], 3),
+                f'{row["to_the_second_token_s"]:.1f} s',
+            ]
+            for name, by_way in result.get(part, {}).items()
+            for how, row in by_way.items()
+        ]
+        if rows:
+            head = [part, 'by', 'tokens/s', f'of {baseline}', 'to the second token']
+            parts.append(table(head, rows))
+    if 'loss' in result:
+        rows = [
+            [name, cell(row['ms'], 2), f'{row["bytes"] / 2**20:,.0f} MiB' if 'bytes' in row else '-']
+            for name, row in result['loss'].items()
+        ]
+        parts.append(table(['loss and gradients', 'ms', 'memory'], rows))
+    parts += [f'skipped: {part}: {why}' for part, why in result.get('skipped', {}).items()]
     if 'race' in result:
         first = result['race']['arms'][baseline]
         rows = []
@@ -548,11 +787,13 @@ def markdown(result: dict) -> str:
         parts.append(table(head, rows))
     if 'tokens' in result:
         t = result['tokens']
-        same = 'the same' if t['same_tokens'] else 'OTHER'
+        same, told = 'the same' if t['same_tokens'] else 'OTHER', ''
+        if 'steps_ratio' in t:
+            told = f'; {t["steps_seconds"]:.2f} s by steps, {t["steps_ratio"]:.1f} times'
         parts.append(
             f'{t["tokens"]:,} greedy tokens, {same} ones: {t["seconds"]:.2f} s with the cache, '
             f'{t["lookup_seconds"]:.2f} s with guesses; {t["nanogpt_seconds"]:.1f} s by nanoGPT, '
-            f'{t["ratio"]:.1f} and {t["lookup_ratio"]:.1f} times as long'
+            f'{t["ratio"]:.1f} and {t["lookup_ratio"]:.1f} times as long' + told
         )
     return '\n\n'.join(parts)
 
@@ -602,8 +843,17 @@ def main(argv: list[str]):
         'generate': lambda: bench_generation(args),
         'tokens': lambda: bench_tokens(args),
         'race': lambda: bench_race(args),
+        'decode': lambda: bench_decode(args),
+        'together': lambda: bench_decode(args, args.sequences),
+        'loss': lambda: bench_loss(args),
     }
-    for part in args.parts:
+    if args.within:
+        print(json.dumps(measures[args.within]()))
+        return
+    if args.preset:
+        given, result['skipped'] = bench_preset(args, argv)
+        result |= given
+    for part in args.parts if not args.preset else ():
         result[part] = measures[part]()
         gc.collect()
     result['load_after'] = os.getloadavg() if hasattr(os, 'getloadavg') else None

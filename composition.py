@@ -355,6 +355,7 @@ class Composed(GPT):
     config_class = ComposedConfig
     part_class = GPT
     apart = ('transformer.', 'lm_head.', 'experts.')
+    steps = False  # experts have caches of their own, and a router of who is asked
 
     def __init__(self, config: ComposedConfig, seed: int | None = None):
         """seed: of the joints' initial values; the parts wait for their weights."""

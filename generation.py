@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn from its logits."""
+
+    temperature: float = 1.0  # 0: the likeliest one
+    top_k: int | None = None  # of the so many likeliest ones; None: of all
+    top_p: float = 1.0  # of the fewest ones, the likeliest first, that together have this probability
+    vocab: int | None = None  # ids from here on are padding and never drawn; None: all are real
 
 
 @torch.no_grad()
@@ -20,31 +30,46 @@ def stream_tokens(
     generator: torch.Generator | None = None,
     lookup: int = 0,
     top_p: float = 1.0,
+    decoder=None,
 ):
     """Yield the next token (B, 1), max_new_tokens times, after the prompt idx (B, T >= 1).
 
     temperature 0 is greedy. Ids of padding rows (from vocab_used on) are never drawn. generator: of the
     draws; None is torch's global one. When the context outgrows block_size (if that is its limit), the last
     block_size // 2 tokens are kept and read again: the cost per token stays bounded, and tokens are the same
-    with and without the cache. top_k, top_p: see draw.
+    with and without the cache. top_k, top_p: see Sampling.
 
     lookup: up to this many tokens are guessed from what repeats in the text, and read in one pass together
     with the last one. Each is still drawn from its own logits, by the same random numbers: a guess saves
     passes, and changes a token only where rounding decides (in bf16, at times). It needs one sequence and a
     cache that rewinds, and is not made without them.
+
+    decoder: a decoding.Decoder of this model and of as many sequences, whose compiled or captured steps make
+    the tokens after the first; the same tokens, except where rounding decides.
+
+    Where logits are inf or nan, -1 is yielded, and 0 is read in its place.
     """
     if idx.size(1) < 1:
         raise ValueError('the prompt is empty: give at least one token, such as the end-of-text token')
-    block_size, vocab = model.config.block_size, model.config.vocab_used or None
+    if decoder is not None and len(decoder.token) != idx.size(0):
+        raise ValueError(f'the decoder is for {len(decoder.token)} sequences, and here are {idx.size(0)}')
+    block_size = model.config.block_size
+    sampling = Sampling(temperature, top_k, top_p, model.config.vocab_used or None)
     modules = list(model.modules())
     context, fresh, cache, made, hope = idx, idx, None, 0, 1
     repeats = None
+    if not use_cache:
+        decoder = None
     while made < max_new_tokens:
         if context.size(1) > model.context_limit:
             context = context[:, -max(1, block_size // 2) :]
             fresh, cache = context, None
         if use_cache and cache is None:
-            cache = model.new_cache(idx.size(0))
+            if decoder is None:
+                cache = model.new_cache(idx.size(0))
+            else:
+                cache = decoder.cache
+                cache.rewind(0)
             if lookup and repeats is None and cache.rewinds and idx.size(0) == 1:
                 repeats = Repeats(idx[0].tolist())
         read, guess = fresh if use_cache else context, []
@@ -53,13 +78,19 @@ def stream_tokens(
             guess = repeats.guess(min(hope, room))
         if guess:
             read = torch.cat([read, read.new_tensor([guess])], dim=1)  # (1, fresh tokens and guesses)
-        with no_dropout(modules):
-            hidden = model.hidden(read, cache)
-        logits = model.logits(hidden[:, -1 - len(guess) :]).float()  # (B, 1 + guesses, vocab_size)
+        logits = token = None
+        if decoder is not None and cache.length and read.size(1) == 1:
+            token = decoder.next(read, sampling, generator)  # (B, 1)
+        else:
+            with no_dropout(modules):
+                hidden = model.hidden(read, cache)
+            logits = model.logits(hidden[:, -1 - len(guess) :]).float()  # (B, 1 + guesses, vocab_size)
         for i in range(len(guess) + 1):
-            token = draw(logits[:, i, :vocab], temperature, top_k, generator, top_p)  # (B, 1)
+            if logits is not None:
+                token = draw(logits[:, i], sampling, generator)  # (B, 1)
             yield token
-            context, fresh = torch.cat([context, token], dim=1), token
+            fresh = token.clamp(min=0)
+            context = torch.cat([context, fresh], dim=1)
             made += 1
             if repeats:
                 repeats.append(drawn := int(token))
@@ -70,20 +101,29 @@ def stream_tokens(
             cache.rewind(context.size(1) - 1)
 
 
-def draw(logits, temperature: float, top_k: int | None = None, generator=None, top_p: float = 1.0):
-    """Logits (B, number of ids) -> one token id per row (B, 1), of the top_k likeliest, and of those the
-    fewest that together have probability top_p."""
-    if temperature == 0:
+def draw(logits, sampling: Sampling, generator=None):
+    """Logits (B, vocab_size) -> one token id per row (B, 1), -1 where they are inf or nan."""
+    logits = logits[:, : sampling.vocab]
+    return torch.where(
+        torch.isfinite(logits).all(dim=-1, keepdim=True), drawn(logits, sampling, generator), -1
+    )
+
+
+def drawn(logits, sampling: Sampling, generator):
+    """As draw, whatever the logits are."""
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        kth = logits.topk(min(sampling.top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
+    if sampling.top_p < 1:
         p, order = F.softmax(logits, dim=-1).sort(descending=True)  # (B, number of ids)
-        out = p.cumsum(-1) - p >= top_p  # those before it suffice
+        out = p.cumsum(-1) - p >= sampling.top_p  # those before it suffice
         logits = logits.masked_fill(out.scatter(1, order, out), -math.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)
+    p = F.softmax(logits, dim=-1)
+    # as torch.multinomial does, by the same random numbers; its check would wait for the device
+    return (p / torch.empty_like(p).exponential_(1, generator=generator)).argmax(dim=-1, keepdim=True)
 
 
 @contextlib.contextmanager

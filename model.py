@@ -154,13 +154,15 @@ class LanguageModel(nn.Module):
     A model has config, context_limit, padding (as of Attention), lm_head and `transformer` with wte, and the
     methods
         hidden(idx, cache)   token ids (B, T) -> what the head reads (B, T, C)
-        new_cache(B)         empty generation state for B sequences
+        new_cache(B, reads)  empty generation state for B sequences; reads: where it can, in the faster form
         describe(), summary(), parts(), flops_per_token(), cache_bytes_per_token(), state_bytes()
     apart: prefixes of the names of weights that have files of their own and are not in a checkpoint
+    steps: whether it takes a token in fixed shapes: hidden_at, as of GPT (decoding.py)
     """
 
     config_class: type  # of a frozen dataclass
     apart: tuple[str, ...] = ()
+    steps: bool = False
 
     def finish(self, seed: int | None):
         """Called at the end of a model's constructor: the head, and all initial values."""
@@ -364,7 +366,26 @@ class GPT(LanguageModel):
         """Bytes of generation state of one sequence that stay the same however many tokens it has."""
         return sum(block.attn.state_bytes(itemsize) for block in self.transformer.h)
 
-    def new_cache(self, B: int) -> Cache:
-        """Empty state for B sequences of at most block_size tokens, in the type of the keys."""
+    def new_cache(self, B: int, reads: bool = False) -> Cache:
+        """Empty state for B sequences of at most block_size tokens, in the type of the keys. reads: layers
+        hold what they read where they can (layers/heads.py), which is faster and takes as much memory as
+        vanilla."""
         size, device_and_dtype = self.config.block_size, self.cache_type()
-        return Cache([b.attn.new_cache(B, size, *device_and_dtype) for b in self.transformer.h])
+        layers = [b.attn for b in self.transformer.h]
+        makers = [a.new_read_cache if reads and a.steps else a.new_cache for a in layers]
+        return Cache([make(B, size, *device_and_dtype) for make in makers])
+
+    @property
+    def steps(self) -> bool:
+        return all(block.attn.steps for block in self.transformer.h)
+
+    def hidden_at(self, token, at, places, cache: Cache):
+        """Tokens (B, 1) at the place `at`, a LongTensor (1,), after those that the cache holds before it ->
+        the final residual stream (B, 1, n_embd). All shapes are fixed, and nothing but the tensors of the
+        cache, made with reads=True, is advanced. places: 0, 1, 2, … in a LongTensor, those of the cache that
+        are looked at."""
+        x, memory = self.embed(token, pos=at[None])
+        memory.at, memory.places = at, places
+        for i in range(len(self.transformer.h)):
+            x = self.block(i, x, memory, cache)
+        return self.transformer.ln_f(x)

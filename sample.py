@@ -29,6 +29,7 @@ class Knobs:
     seed: int = 1337  # of the draws: the same seed gives the same text
     use_cache: bool = True  # false: recompute the whole context for every token (same tokens, slow)
     lookup: int = 32  # tokens to guess at a time where the text repeats itself (same tokens); 0 = none
+    compile: bool = False  # compile what makes a token: faster, after half a minute; for long texts
     device: str = 'auto'  # auto (cuda, mps or cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'  # auto | float32 | bfloat16 | float16
     threads: int = 0  # CPU threads; 0 = torch's choice
@@ -40,6 +41,7 @@ if __name__ == '__main__':
 import torch
 
 from data.tokenizer import from_spec
+from decoding import decoder_for
 from runs.knobs import check_seed, check_threads
 from runs.models import load_model
 from runs.system import autocast_for, pick_device, pick_dtype
@@ -90,13 +92,15 @@ def main(argv: list[str]) -> int:
         'stop_token': stop_token,
         'stop': stop,
     }
+    with autocast_for(device, dtype):
+        decoder = decoder_for(model, compile=k.compile) if k.use_cache else None
     started, n = time.perf_counter(), 0  # tokens
     for i in range(k.num_samples):
         if i:
             print('\n---')
         print('' if k.template else text, end='', flush=True)
         with autocast_for(device, dtype), finite_logits(model):
-            for piece in stream_text(model, tokenizer, prompt, k.max_new_tokens, **options):
+            for piece in stream_text(model, tokenizer, prompt, k.max_new_tokens, decoder=decoder, **options):
                 print(piece, end='', flush=True)
                 n += 1
     n -= k.num_samples  # one piece of each is no token

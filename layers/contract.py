@@ -42,6 +42,8 @@ class Memory:
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
+    at, places in a step of fixed shapes (decoding.py): the place of the one token among those so far, a
+               LongTensor (1,), and the places of a cache that are looked at, 0, 1, 2, …; else None
     weights    where somebody asks for them, a list to which every attention with scores appends who looks at
                whom, (B, n_head, T, S); else None
     """
@@ -52,6 +54,7 @@ class Memory:
         self.tokens, self.embedded, self.embed = tokens, embedded, embed
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
+        self.at = self.places = None
 
     def copy(self) -> Memory:
         """One that holds the same so far, with lists of its own: for a block that is computed twice."""
@@ -62,7 +65,9 @@ class Memory:
 
     @property
     def mask(self):
-        """(B, 1, T, S) bool, who sees whom; None where that is simply everyone before."""
+        """(B or 1, 1, T, S) bool, who sees whom; None where that is simply everyone before."""
+        if self.at is not None and self.seen is None:
+            self.seen = (self.places <= self.at)[None, None, None]  # (1, 1, 1, S)
         if self.real is not None and self.seen is None:
             S = self.real.size(1)
             at = torch.arange(S, device=self.real.device)  # of keys; the T queries are the last of them
@@ -115,6 +120,7 @@ class Attention(Counted):
     mixes_earlier = False  # the first layer that publishes has none before it to mix with, and is a plain one
     reads_all = False  # it reads every head of every earlier layer that publishes
     reads_tokens = False  # it reads memory.tokens or memory.embedded
+    steps = False  # it has new_read_cache, and with one it takes a token whose place is data (memory.at)
 
     def forward(self, x, memory: Memory, cache=None):
         """x (B, T, n_embd), the normalised residual stream -> what is added to the stream (B, T, n_embd).

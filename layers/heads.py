@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.contract import Attention, Memory, Place, captured
+from layers.kernels import kernels_for
 from layers.norms import RMSNorm
 from layers.plans import HeadPlan
 
@@ -57,6 +58,34 @@ class KVCache:
         self.k, self.v = self.k[rows], self.v[rows]
 
 
+class ReadCache(KVCache):
+    """What one layer's heads read, in their order, (B, n_head, max_len, head_size) each: one attention call
+    reads it, whatever the plan, where a KVCache holds what is produced and is read piece by piece. It takes
+    as much memory as vanilla's. For steps of fixed shapes, in which the place of a token is data."""
+
+    SPARE = 16  # places that are never used: a slice of all others is no special case for a compiler
+
+    def __init__(self, B, heads, max_len, head_size, device, dtype):
+        max_len += self.SPARE
+        # zeros, since what is masked must be numbers: 0 * nan is nan. Keys lie so that neighbours in memory
+        # are of neighbouring tokens: a query's products with them are then vectors, however small the heads
+        self.k = torch.zeros(B, heads, head_size, max_len, device=device, dtype=dtype).mT
+        self.v = torch.zeros(B, heads, max_len, head_size, device=device, dtype=dtype)
+        self.length = 0
+
+    def put(self, k, v, at, size: int):
+        """Store k, v (B, n_head, 1, hs) of one token at the place `at`, a LongTensor (1,); return the first
+        `size` places (B, n_head, size, hs)."""
+        self.k.index_copy_(2, at, k.to(self.k.dtype))
+        self.v.index_copy_(2, at, v.to(self.v.dtype))
+        return self.k[:, :, :size], self.v[:, :, :size]
+
+    def select(self, rows):
+        """In place, since a captured step knows where its tensors lie: as many rows as there are."""
+        self.k.copy_(self.k[rows])
+        self.v.copy_(self.v[rows])
+
+
 DROPOUT_BLOCK = 256  # queries at a time in causal attention with dropout on CPU; 128 is as fast
 
 
@@ -80,7 +109,24 @@ def attend(q, k, v, mask=None, dropout_p=0.0):
     if mask is None and 1 < T < S:
         mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
     causal = mask is None and bool(T > 1)  # where a graph is traced, T is no int
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
+    with kernels_for(q, S, mask is not None, learns):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
+
+
+def attend_one(q, k, v, mask):
+    """Attention of one token q (B, H, 1, hs) over places k, v (B, H, S, hs), those where mask (B or 1, 1, 1,
+    S) says so: operations of fixed shapes, whatever the number of tokens so far. In fp32 at least where sums
+    are taken."""
+    exact = torch.promote_types(v.dtype, torch.float32)
+    # compiled, sums are fused to one pass each, where the call of a product costs more than the product
+    if torch.compiler.is_compiling():
+        scores = (q.mT.to(exact) * k.mT.to(exact)).sum(dim=2, keepdim=True)  # (B, H, 1, S)
+    else:
+        scores = (q.to(k.dtype) @ k.mT).to(exact)
+    weights = (scores * q.size(3) ** -0.5).masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    if torch.compiler.is_compiling():
+        return (weights.mT * v.to(exact)).sum(dim=2, keepdim=True).to(v.dtype)  # (B, H, 1, hs)
+    return weights.to(v.dtype) @ v
 
 
 def attend_in_sight(q, k, v, mask=None, dropout_p=0.0):
@@ -114,7 +160,7 @@ class HeadPlanAttention(Attention):
     its produced heads, cut where readers need them; keys normed and rotated.
     """
 
-    has_scores = rotates = publishes = True
+    has_scores = rotates = publishes = steps = True
     padding = 'anywhere'
 
     def __init__(self, config, place: Place, *, window: int = 0, gain: str = ''):
@@ -161,7 +207,9 @@ class HeadPlanAttention(Attention):
     def forward(self, x, memory: Memory, cache: KVCache | None = None):
         q, k, v = self.project(x, memory)
         memory.queries = q
-        k, v = self.read(k, v, memory, cache)  # pieces, n_head heads together, of (B, heads, S, hs), S >= T
+        # where what is read is held, layers publish new tokens alone, as without a cache
+        past = None if isinstance(cache, ReadCache) else cache
+        k, v = self.read(k, v, memory, past)  # pieces, n_head heads together, of (B, heads, S, hs), S >= T
         return self.output(self.attend(q, k, v, memory, cache))
 
     def project(self, x, memory: Memory):
@@ -179,7 +227,13 @@ class HeadPlanAttention(Attention):
 
     def attend(self, q, k, v, memory: Memory, cache: KVCache | None):
         """q (B, n_head, T, hs) over pieces k, v -> what the heads read, (B, n_head, T, hs)."""
-        if memory.weights is None and cache is not None and q.size(2) == 1 and len(self.runs) > 1:
+        if isinstance(cache, ReadCache):
+            k, v = join(k), join(v)  # (B, n_head, T, hs) each, of new tokens
+            if memory.at is not None:
+                k, v = cache.put(k, v, memory.at, len(memory.places))
+                return attend_one(q, k, v, self.mask(q, k, memory))
+            k, v = ([held] for held in cache.append(k, v))
+        elif memory.weights is None and cache is not None and q.size(2) == 1 and len(self.runs) > 1:
             return self.attend_in_place(q, k, v, memory)
         k, v = join(k), join(v)  # (B, n_head, S, hs) each
         mask, dropout_p = self.mask(q, k, memory), self.dropout if self.training else 0.0
@@ -195,7 +249,9 @@ class HeadPlanAttention(Attention):
         T, S = q.size(2), k.size(2)
         if not self.window or (not captured() and S <= self.window):
             return memory.mask
-        age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
+        places = torch.arange(S, device=q.device)
+        queries = places[S - T :] if memory.at is None else memory.at  # (T,)
+        age = queries[:, None] - places  # (T, S)
         near = ((age >= 0) & (age < self.window))[None, None]  # (1, 1, T, S)
         return near if memory.mask is None else near & memory.mask | (age == 0)
 
@@ -239,6 +295,10 @@ class HeadPlanAttention(Attention):
     def new_cache(self, B, max_len, device, dtype) -> KVCache:
         """Empty state for generation: B sequences of at most max_len tokens."""
         return KVCache(B, self.n_key, self.n_value, max_len, self.head_size, device, dtype)
+
+    def new_read_cache(self, B, max_len, device, dtype) -> ReadCache:
+        """Empty state for generation that holds what is read; all layers that publish must have one then."""
+        return ReadCache(B, self.n_head, max_len, self.head_size, device, dtype)
 
     def heads_produced(self) -> tuple[int, int]:
         """How many key and value heads this layer projects: those that some layer reads."""

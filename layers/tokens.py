@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.contract import Memory, Place
-from layers.heads import HeadLinear, HeadPlanAttention, KVCache, attend, attend_in_sight
+from layers.heads import HeadLinear, HeadPlanAttention, KVCache, ReadCache, attend, attend_in_sight
 from layers.plans import HeadPlan
 
 
@@ -107,7 +107,7 @@ class EmbeddingValueAttention(HeadPlanAttention):
         return q, k, torch.cat([v, own], dim=1)  # (B, n_value, T, hs)
 
     def forward(self, x, memory: Memory, cache=None):
-        if cache is None or cache.length == 0 or self.keeps_values:
+        if cache is None or cache.length == 0 or self.keeps_values or isinstance(cache, ReadCache):
             return super().forward(x, memory, cache)
         q, k, v = self.project(x, memory)
         memory.queries = q

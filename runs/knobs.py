@@ -73,6 +73,7 @@ class TrainingKnobs:
     device: str = 'auto'  # auto (cuda, mps or cpu) | cpu | cuda | cuda:1 | mps
     dtype: str = 'auto'  # auto | float32 | bfloat16 | float16: of autocast; weights stay float32
     compile: bool = True  # torch.compile; takes a minute to start, needs a C++ compiler on a CPU
+    cuda_graphs: bool = False  # replay a compiled step as CUDA graphs; never run on a GPU so far
     deterministic: bool = False  # the same bits every time on CUDA too (a CPU gives them anyway); slower
     threads: int = 0  # CPU threads per process; 0 = torch's choice
     backend: str = 'auto'  # of torch.distributed: auto | nccl | gloo
@@ -150,6 +151,12 @@ def check_training(k: TrainingKnobs):
     if k.optimizer == 'muon' and k.muon_learning_rate and not k.learning_rate:
         raise ConfigError(
             f'learning_rate=0: then muon_learning_rate={k.muon_learning_rate:g} has no schedule'
+        )
+    if k.cuda_graphs and (not k.compile or k.gradient_accumulation_steps > 1):
+        raise ConfigError(
+            f'cuda_graphs=True with compile={k.compile}, gradient_accumulation_steps='
+            f'{k.gradient_accumulation_steps}: it needs compile=true and 1, for gradients of several '
+            'micro-batches would lie where the next one writes; raise batch_size instead'
         )
     if k.dist_timeout <= 0:
         raise ConfigError(f'dist_timeout={k.dist_timeout}: must be positive')

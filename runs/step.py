@@ -59,7 +59,8 @@ def compiled(model: LanguageModel, k: Knobs, device: str):
         say('warning: compile is on, but no C++ compiler is here: running uncompiled, slower, same results')
         return model
     say('compiling the model (about a minute) …')
-    return torch.compile(model)
+    # graphs only on CUDA: elsewhere the mode is the same as none
+    return torch.compile(model, mode='reduce-overhead' if k.cuda_graphs and device != 'cpu' else None)
 
 
 class TrainingStep:
@@ -125,6 +126,8 @@ class TrainingStep:
                 self.trained.require_backward_grad_sync = j == last
             if self.k.dropout:
                 torch.manual_seed(self.dropout_seed(it, j))
+            if self.k.cuda_graphs:  # what the last step left may be written over
+                torch.compiler.cudagraph_mark_step_begin()
             with self.autocast():
                 _, loss = self.trained(*self.inputs)
             self.scaler.scale(loss / self.divisor).backward()

@@ -12,6 +12,8 @@ import torch
 from configurator import ConfigError
 from data.tokenizer import from_spec
 
+NOT_FINITE = 'the model gives logits that are inf or nan; try --dtype=float32'
+
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float):
     """Refuse options of GPT.stream from which no token can be drawn. Raises ConfigError."""
@@ -30,7 +32,7 @@ def finite_logits(model):
 
     def look(head, inputs, logits):
         if not torch.isfinite(logits).all():
-            raise ConfigError('the model gives logits that are inf or nan; try --dtype=float32')
+            raise ConfigError(NOT_FINITE)
 
     with model.lm_head.register_forward_hook(look):
         yield
@@ -47,10 +49,13 @@ def stream_text(
     ids = prompt[0, -1:].tolist()  # a tokenizer may drop the space that a text begins with: begin before it
     shown, held = tokenizer.decode(ids).rstrip('\ufffd'), ''
     for token in model.stream(prompt, max_new_tokens, **options):
-        if int(token) == stop_token:
+        drawn = int(token)  # the one time that a token is waited for
+        if drawn < 0:
+            raise ConfigError(NOT_FINITE)
+        if drawn == stop_token:
             yield ''
             break
-        ids.append(int(token))
+        ids.append(drawn)
         text = tokenizer.decode(ids)
         ready = text.rstrip('\ufffd')
         held += ready[len(shown) :]

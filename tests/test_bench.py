@@ -186,3 +186,65 @@ def test_mfu_where_the_peak_is_known(monkeypatch):
     told = bench.markdown({'arms': ['vanilla'], 'train': {'vanilla': row}})
     assert f'{row["mfu"]:.1%}' in told
     bench.keep_memory(False)
+
+
+PRESET = '--preset=cuda --device=cpu --n_layer=4 --n_head=8 --n_embd=32 --contexts=16 --sequences=3'.split()
+
+
+@pytest.mark.parametrize('part', bench.PRESETS['cuda'][2])
+def test_each_part_of_the_preset(part, capsys):
+    """In this process, in small: what a process of its own would print for it."""
+    threads = torch.get_num_threads()
+    try:
+        bench.main([*PRESET, *TINY, f'--within={part}', '--seconds=100'])
+    finally:
+        torch.set_num_threads(threads)
+        bench.keep_memory(False)
+    rows = json.loads(capsys.readouterr().out)
+    arms = bench.PRESETS['cuda'][0]
+    if part == 'train':
+        assert list(rows) == [*arms, bench.NANOGPT[0]]
+        assert all(row['ms_per_step'] > 0 for row in rows.values())
+    elif part == 'decode':
+        assert list(rows) == [*arms, 'nanoGPT'] and set(rows['nanoGPT']) == {'whole'}
+        assert rows['vanilla']['passes']['tokens_per_s']['median'] > 0
+    elif part == 'loss':
+        assert set(rows) == {'all rows at once', 'as trained'}
+    assert bench.markdown({'arms': arms, part: rows}).count('|') > 10
+
+
+def test_steps_are_measured_where_they_are_compiled(monkeypatch, capsys):
+    own = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, options, **rest: own(f, backend='eager', **rest))
+    monkeypatch.setattr('test_bench.TINY', [flag for flag in TINY if 'compile' not in flag])
+    argv = ['vanilla', 'leap', '--device=cpu', '--contexts=16', '--within=decode', '--compile=true']
+    bench.main([*argv, *TINY])
+    rows = json.loads(capsys.readouterr().out)
+    bench.keep_memory(False)
+    assert set(rows['vanilla']) == {'steps', 'passes'} and set(rows['leap']) == {'passes'}
+
+
+def test_a_part_of_a_preset_that_fails_or_hangs_is_told_and_skipped(monkeypatch, tmp_path, capsys):
+    class Done:
+        returncode, stdout = 0, '{"vanilla": {}}'
+
+    def process(command, timeout, **rest):
+        part = command[-2].removeprefix('--within=')
+        if part == 'train':
+            raise bench.subprocess.TimeoutExpired('bench.py', timeout)
+        done = Done()
+        done.returncode = 3 if part == 'decode' else 0
+        return done
+
+    args = bench.arguments([*PRESET, *TINY])
+    assert args.out.name.startswith('preset-cuda-') and args.out.parent.name == 'bench'
+    monkeypatch.setattr(bench.subprocess, 'run', process)
+    given, skipped = bench.bench_preset(args, [])
+    assert given == {'together': {'vanilla': {}}, 'loss': {'vanilla': {}}}
+    assert 'timed out after 230 seconds' in skipped['train'] and 'status 3' in skipped['decode']
+    assert 'decode skipped after' in capsys.readouterr().err
+    assert sum(args.limits.values()) <= 345  # of six minutes, with the start
+
+
+def test_no_round_begins_when_the_time_is_over():
+    assert bench.taking_turns(['a'], lambda name: 1.0, 5, until=bench.time.monotonic() - 1) == {'a': [1.0]}

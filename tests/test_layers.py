@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import explain
 from conftest import random_gpt, small_specs
+from decoding import Decoder
 from hierarchy import Hierarchy, HierarchyConfig
 from layers.contract import PADDING, Attention
 from layers.positions import POSITIONS
@@ -101,6 +102,25 @@ def test_a_cache_that_rewinds_forgets(spec):
     cache.rewind(9)
     after = model.hidden(idx[:, 9:], cache)
     torch.testing.assert_close(after, model.hidden(idx)[:, 9:], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_steps_of_fixed_shapes_equal_the_whole_pass(spec):
+    """After a prompt, and again at places that hold other tokens by then."""
+    for position in positions(spec):
+        model, idx, other = model_of(spec, position=position), tokens(), tokens(seed=2)
+        if not model.steps:
+            assert not layer_class(spec).publishes
+            with pytest.raises(ValueError, match='takes no step of fixed shapes'):
+                Decoder(model, 2)
+            return
+        decoder = Decoder(model, 2)
+        model.hidden(other[:, :20], decoder.cache)
+        decoder.cache.rewind(0)
+        model.hidden(idx[:, :7], decoder.cache)
+        parts = [decoder.step(idx[:, t : t + 1], t) for t in range(7, 24)]
+        wanted = model.logits(model.hidden(idx))[:, 7:].float()
+        torch.testing.assert_close(torch.stack(parts, 1), wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from generation import Repeats, draw
+from generation import Repeats, Sampling, draw
 from layers.plans import Head, HeadPlan
 from layers.registry import ATTENTIONS, Kind
 from model import GPT, GPTConfig
@@ -389,7 +389,7 @@ def test_only_the_likeliest_are_drawn():
     generator = torch.Generator().manual_seed(0)
 
     def kinds(**options):
-        drawn = torch.cat([draw(logits, 1.0, generator=generator, **options) for _ in range(400)], dim=1)
+        drawn = torch.cat([draw(logits, Sampling(**options), generator) for _ in range(400)], dim=1)
         return [sorted(set(row)) for row in drawn.tolist()]
 
     assert kinds() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
@@ -398,8 +398,20 @@ def test_only_the_likeliest_are_drawn():
     assert kinds(top_k=3) == [[1, 3, 4], [1, 2, 3]]
     assert kinds(top_k=3, top_p=0.8) == [[1, 3], [1]]  # of the three: 0.47, 0.35, 0.18
     # among those, as likely as before
-    drawn = [int(draw(logits[:1], 1.0, generator=generator, top_p=0.69)) for _ in range(4000)]
+    drawn = [int(draw(logits[:1], Sampling(top_p=0.69), generator)) for _ in range(4000)]
     assert abs(drawn.count(1) / 4000 - 4 / 7) < 0.03
+
+
+def test_a_token_is_drawn_as_torch_draws_it_and_none_from_what_is_no_number():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    ours, torchs = (torch.Generator().manual_seed(2) for _ in range(2))
+    for _ in range(20):
+        wanted = torch.multinomial(logits.softmax(-1), 1, generator=torchs)
+        assert torch.equal(draw(logits, Sampling(), ours), wanted)
+    logits[0, 3], logits[2, 4] = math.nan, math.inf
+    for temperature in (0, 1.0):
+        drawn = draw(logits, Sampling(temperature), ours)[:, 0].tolist()
+        assert drawn[0] == drawn[2] == -1 and 0 <= drawn[1] < 50
 
 
 def test_generation_leaves_the_mode_of_the_model():

@@ -124,3 +124,15 @@ def test_the_sample_at_the_end_of_a_training(out, capsys):
     model.transformer.ln_f.register_forward_hook(lambda module, args, y: y * math.inf)
     with pytest.raises(ConfigError, match='inf or nan'):
         print_sample(model, data, k, 'cpu')
+
+
+def test_compiled_it_writes_the_same_text_and_a_model_that_cannot_is_told(out, capsys, monkeypatch, tmp_path):
+    own = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, options, **rest: own(f, backend='eager', **rest))
+    flags = ['--dtype=float32', '--num_samples=2', '--lookup=0', '--max_new_tokens=40']
+    wanted = run(out, capsys, *flags)
+    assert run(out, capsys, *flags, '--compile=true') == wanted
+    data = write_tokens(tmp_path / 'tokens', vocab_size=29, tokenizer=LETTERS)
+    start(tmp_path / 'run', data, max_iters=1, attention='leap')
+    with pytest.warns(UserWarning, match='a layer that takes no step of fixed shapes'):
+        assert run(tmp_path / 'run', capsys, '--compile=true')[0] == 0

@@ -13,7 +13,7 @@ from runs.knobs import Knobs
 from runs.optimizer import make_optimizer
 from runs.ranks import Ranks
 from runs.schedule import learning_rate_at
-from runs.step import TrainingStep, dropout_seed, share_of
+from runs.step import TrainingStep, compiled, dropout_seed, share_of
 from tiny import lines, resume, start, write_tokens
 
 RATES = Knobs(learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=14)
@@ -191,3 +191,12 @@ def test_ranks_that_would_have_nothing_to_do_are_refused():
     k = replace(SMALL, gradient_accumulation_steps=3, batch_size=2)
     with pytest.raises(ConfigError, match=r'4 ranks cannot share .*=3 micro-batches of batch_size=2: make'):
         share_of(k, Ranks(0, 0, 4))
+
+
+def test_graphs_are_asked_for_on_cuda_alone(monkeypatch):
+    """What torch.compile is told; graphs themselves need a GPU."""
+    asked = []
+    monkeypatch.setattr(torch, 'compile', lambda model, mode: asked.append(mode))
+    for graphs, device in ((False, 'cuda'), (True, 'cuda:0'), (True, 'cpu')):
+        compiled(None, Knobs(cuda_graphs=graphs), device)
+    assert asked == [None, 'reduce-overhead', None]
