@@ -48,7 +48,7 @@ from configurator import ConfigError, configure, divide, run_program
 from runs import knobs as training
 from runs import slurm
 from runs.datasets import data_folder, prepare_own
-from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
+from runs.files import FolderLock, check_name, lock_holder, make_folder, remove_shards, write_text
 from runs.records import (
     METRICS,
     README,
@@ -462,6 +462,8 @@ class Runner:
             say(f'{job}: validation loss {run.val_loss:.4f}, {run.tokens_per_s or 0:,.0f} tokens/s')
             for path in [] if self.keep else job.out.glob('*.pt'):
                 path.unlink()
+            if not self.keep:
+                remove_shards(job.out)
             return True
         if not self.stopped:
             say(f'{job}: {how}')

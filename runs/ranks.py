@@ -89,6 +89,13 @@ def refuse_unlike_ranks(k: Knobs, data, state: dict | None, device: str):
         )
 
 
+def any_rank(flag: bool, device: str) -> bool:
+    """Whether the flag is set on one of the ranks; all of them ask at the same time."""
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 class StopRequest:
     """Set by a signal, or when torchrun dies: the loop saves after the step in hand and ends.
 
