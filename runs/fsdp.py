@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from configurator import ConfigError
+from runs.memory import recompute
 from runs.optimizer import own_part
 from runs.ranks import Ranks
 
@@ -38,6 +39,8 @@ def placed(model, k, group: Ranks, device: str, dtype: str):
     With dtype 'bfloat16' weights are gathered in bf16; parts, gradients and what the optimizer keeps stay
     fp32, and so do sums over ranks.
     """
+    if k.activation_checkpointing:
+        recompute(model)
     if not k.shard:
         return model.to(device)
     from torch.distributed.device_mesh import init_device_mesh

@@ -41,6 +41,7 @@ class Ranks(NamedTuple):
     world: int = 1
     ddp: bool = False  # whether torchrun started it, be it alone
     torchrun: int = 0  # the process id of torchrun, or 0
+    on_host: int = 1  # how many are on this host
 
     @property
     def main(self) -> bool:
@@ -51,7 +52,8 @@ def ranks() -> Ranks:
     if 'RANK' not in os.environ:
         return Ranks()
     numbers = [int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
-    return Ranks(*numbers, ddp=True, torchrun=os.getppid())
+    on_host = int(os.environ.get('LOCAL_WORLD_SIZE', numbers[2]))
+    return Ranks(*numbers, ddp=True, torchrun=os.getppid(), on_host=on_host)
 
 
 @contextlib.contextmanager

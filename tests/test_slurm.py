@@ -22,7 +22,7 @@ from test_experiments import STAND_IN, both_run, calls, losses, states, wait_unt
 ROOT = Path(__file__).resolve().parent.parent
 # sbatch, squeue and scontrol in one: tasks are processes, and a folder has a file for each of them. A task
 # that is older than the file `forgotten` is known no more; while there is a file `down`, nothing answers.
-FAKE = """#!{python}
+FAKE = """#!{python} -S
 import os, re, subprocess, sys
 from pathlib import Path
 home, name, arguments = Path({home!r}), Path(sys.argv[0]).name, sys.argv[1:]
@@ -69,7 +69,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, 'PROGRAM', tmp_path / 'stand_in.py')
     monkeypatch.setattr(experiments, 'check_data', lambda plan: None)
     monkeypatch.setattr(experiments, 'same_models', lambda plan: [])
-    monkeypatch.setattr(experiments.SlurmRunner, 'POLL', 0.1)
+    monkeypatch.setattr(experiments.SlurmRunner, 'POLL', 0.3)
     monkeypatch.setattr(experiments.SlurmRunner, 'SETTLE', 0.5)
 
     def run(*arguments):
@@ -90,7 +90,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import experiments
 experiments.PROGRAM = Path({str(tmp_path / 'stand_in.py')!r})
 experiments.check_data, experiments.same_models = lambda plan: None, lambda plan: []
-experiments.SlurmRunner.POLL, experiments.SlurmRunner.SETTLE = 0.1, 0.5
+experiments.SlurmRunner.POLL, experiments.SlurmRunner.SETTLE = 0.3, 0.5
 experiments.run_program(experiments.main)
 """
     started = []
@@ -107,7 +107,7 @@ experiments.run_program(experiments.main)
     (tmp_path / 'out/hold').unlink(missing_ok=True)
     for process in started:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
 
 
 def test_every_arm_and_seed_is_a_task_and_results_land_where_they_always_do(lab, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_tasks_outlive_their_driver_and_the_next_one_finds_them(driver, lab, tmp
     assert '2 queued' in told and 'why tasks are queued, as Slurm says it: 2 Priority' in told
     (tmp_path / 'slurm/full').unlink()
     first.send_signal(signal.SIGTERM)
-    out, errors = first.communicate(timeout=60)
+    out, errors = first.communicate(timeout=120)
     assert first.returncode == 130 and 'tasks stay in the queue (scancel --name=4-cpu' in out, out + errors
     with pytest.raises(ConfigError, match='2 runs of this study are tasks of Slurm'):
         lab('--launcher=local')
@@ -155,7 +155,7 @@ def test_tasks_outlive_their_driver_and_the_next_one_finds_them(driver, lab, tmp
         f'vanilla seed{seed}: is in the queue' for seed in (0, 1)
     ]
     (tmp_path / 'out/hold').unlink()
-    out, errors = second.communicate(timeout=60)
+    out, errors = second.communicate(timeout=120)
     assert second.returncode == 0, out + errors
     assert len(calls(tmp_path)) == 2 and set(states(tmp_path).values()) == {'finished'}
 
@@ -174,7 +174,7 @@ def test_tasks_that_are_killed_go_on_and_a_silent_controller_is_waited_for(drive
     assert len(list(tmp_path.glob('out/4-cpu/slurm/*.sh'))) == 1
     (tmp_path / 'out/hold').unlink()
     (tmp_path / 'slurm/down').unlink()
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and 'Unable to contact slurm controller; asking again' in out, out + errors
     assert 'vanilla seed0: its task is gone from the queue at 1 of 12: it goes on' in out
     assert sorted(calls(tmp_path)) == [f'4-cpu/vanilla/seed{seed}' for seed in (0, 0, 1, 1)]
