@@ -8,6 +8,7 @@ CRC-32, which `load` checks first.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -59,6 +60,22 @@ def save(state: dict, out_dir: str | Path, best: bool = False):
         if not last.parent.is_dir():
             fix = 'if it was moved, go on where it is now with --init_from=resume'
         raise CheckpointError(f'{files.write_failed(last, e)}; {fix}') from e
+    remove_unnamed_parts(last.parent)
+
+
+def remove_unnamed_parts(out_dir: Path):
+    """Delete the parts (shards.py) that no checkpoint of a run names any more."""
+    parts = out_dir / files.SHARDS
+    if not parts.is_dir():
+        return
+    named = set()
+    for path in (out_dir / name for name in (LAST, PREVIOUS, BEST)):
+        if path.exists():
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            named.add(state.get('shards', {}).get('folder'))
+    for folder in parts.iterdir():
+        if folder.name not in named:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Saver:

@@ -10,7 +10,6 @@ single process.
 from __future__ import annotations
 
 import secrets
-import shutil
 import warnings
 import zlib
 from datetime import timedelta
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException  # which is no Exception
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from declared import List, Object, OneOf, ShapeError, Table, Text, Whole, check
 from runs import checkpoint, files
-from runs.checkpoint import BEST, LAST, PREVIOUS, CheckpointError
+from runs.checkpoint import CheckpointError
 from runs.files import SHARDS
 
 TENSORS = ('model', 'optimizer')  # the entries of a checkpoint that hold tensors
@@ -74,7 +74,6 @@ class ShardSaver(checkpoint.Saver):
             if main:
                 try:
                     checkpoint.save({**map_tensors(state, shape_only), 'shards': index}, self.out_dir, best)
-                    remove_unnamed(self.out_dir)
                 except CheckpointError as e:
                     error = [str(e)]
             dist.broadcast_object_list(error, group=self.group, group_src=0)
@@ -152,7 +151,7 @@ def write(state: dict, folder: Path, group) -> dict:
         own = sorted(folder.glob(f'__{dist.get_rank(group)}_*'))
         sums = [None] * dist.get_world_size(group)
         dist.all_gather_object(sums, {path.name: crc(path) for path in own}, group=group)
-    except Exception as e:  # of any rank: dcp raises it on all
+    except (Exception, CheckpointException) as e:  # of any rank: it is raised on all
         raise CheckpointError(
             f'{folder} could not be written: {_reason(e)}; the checkpoint before it is whole: make room and '
             'go on with --init_from=resume'
@@ -271,21 +270,7 @@ def fill(state: dict, path: Path, places: dict | None = None) -> dict:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # it says what is asked for
             dcp.load(wanted, storage_reader=Reader(path, index), no_dist=alone)
-    except CheckpointError:
-        raise
-    except Exception as e:
+    except (Exception, CheckpointException) as e:
         raise CheckpointError(f'{path} is damaged: its parts cannot be read ({_reason(e)})') from None
     also = index['also']
     return map_tensors(state, lambda name, x: wanted[also.get(name, name)])
-
-
-def remove_unnamed(out_dir: Path):
-    """Delete the parts that no checkpoint of a run names (any more)."""
-    named = set()
-    for name in (LAST, PREVIOUS, BEST):
-        if (out_dir / name).exists():
-            state = torch.load(out_dir / name, map_location='cpu', weights_only=True, mmap=True)
-            named.add(state.get('shards', {}).get('folder'))
-    for folder in (out_dir / SHARDS).iterdir():
-        if folder.name not in named:
-            shutil.rmtree(folder, ignore_errors=True)
