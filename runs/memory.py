@@ -56,7 +56,7 @@ def needs(k, kind, config, world: int, dtype: str, sequences: int) -> Needs:
     with FakeTensorMode():
         model = kind(config, seed=0)
         if k.shard and dtype == 'bfloat16':
-            model = model.to(torch.bfloat16)  # gathered as such: no copies for autocast
+            to_bfloat16(model)  # gathered as such: autocast makes no copies
         if k.activation_checkpointing:
             recompute(model)
         ids = torch.zeros(sequences, k.block_size, dtype=torch.int64)
@@ -72,6 +72,15 @@ def needs(k, kind, config, world: int, dtype: str, sequences: int) -> Needs:
         gathered=gathered,
         activations=activations,
     )
+
+
+def to_bfloat16(model):
+    """As model.to(torch.bfloat16), which fails on tensors without numbers (torch 2.13)."""
+    changed = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            changed[p] = changed.get(p, torch.nn.Parameter(p.detach().bfloat16()))
+            setattr(module, name, changed[p])
 
 
 def size(module) -> int:
