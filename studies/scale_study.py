@@ -42,7 +42,6 @@ SIZES = {
     '350M': (24, 16, 1024),
     '774M': (36, 20, 1280),
     '1.5B': (48, 25, 1600),
-    '2.7B': (32, 32, 2560),
     '6.7B': (32, 32, 4096),
 }
 
@@ -55,20 +54,23 @@ def knobs_of(size: str, **knobs) -> Knobs:
 def memory():
     """8 sequences of 1,024 tokens per GPU at a time, AdamW, bf16; on several GPUs with --shard=true."""
     print(
-        '| model | GPUs | parameters | weights | gradients | AdamW | gathered | activations | total |', end=''
+        '| model | GPUs | parameters | weights | gradients | AdamW | gathered | activations | total ', end=''
     )
-    print(' with --activation_checkpointing |\n' + '| --- ' * 10 + '|')
+    print('| total, blocks computed twice |\n' + '| --- ' * 10 + '|')
     for size in SIZES:
-        for world in (1, 8, 64):
-            k = knobs_of(size, shard=world > 1)
+        for worlds in ((1,), (8, 64)):
+            k = knobs_of(size, shard=worlds != (1,))
             config = model_config(k, 50304, 50257)
-            found, less = (
-                needs(replace(k, activation_checkpointing=twice), GPT, config, world, 'bfloat16', 8)
-                for twice in (False, True)
+            once, twice = (
+                needs(replace(k, activation_checkpointing=again), GPT, config, worlds[0], 'bfloat16', 8)
+                for again in (False, True)
             )
-            cells = [found.weights, found.gradients, found.optimizer, found.gathered, found.activations]
-            told = ' | '.join(f'{n / 2**30:.2f}' for n in [*cells, found.total, less.total])
-            print(f'| {size} | {world} | {found.params / 1e6:,.0f}M | {told} |', flush=True)
+            for world in worlds:
+                states = [n * worlds[0] / world for n in (once.weights, once.gradients, once.optimizer)]
+                cells = [*states, once.gathered, once.activations]
+                less = sum(states) + twice.gathered + twice.activations
+                told = ' | '.join(f'{n / 2**30:.2f}' for n in [*cells, sum(cells), less])
+                print(f'| {size} | {world} | {once.params / 1e6:,.0f}M | {told} |', flush=True)
 
 
 # A model whose work is worth sharing out, and small enough for two cores
@@ -96,7 +98,7 @@ def random_tokens(folder: Path, vocab_size: int = 4096, n: int = 2_000_000):
 
 
 def train(n: int, folder: Path, **knobs) -> tuple[float, float, float]:
-    """Train on n ranks -> seconds per step by the clock, processor seconds of all ranks together, bytes sent."""
+    """Train on n ranks -> seconds per step by the clock, processor seconds of all ranks, bytes sent."""
     flags = {
         **RANKS,
         **knobs,
@@ -138,9 +140,7 @@ def ranks():
         config = GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=4096)
         size = 4 * GPT(config, seed=0).num_params(non_embedding=False)
         print(f'load {os.getloadavg()[0]:.1f}; the model has {size / 2**20:.1f} MiB of weights in fp32')
-        print(
-            '| ranks | | tokens/s | processor s per step, all ranks | of 1 rank | MiB sent per step | of the model |'
-        )
+        print('| ranks | | tokens/s | processor s per step | of 1 rank | MiB sent per step | of the model |')
         print('| --- ' * 7 + '|')
         base = None
         cases = [(0, 'one process', {}), (2, 'whole models', {}), (4, 'whole models', {})]
@@ -191,7 +191,7 @@ def profiled():
         begin = min(start for start, _ in spans['backward'])
         print(
             f'load {os.getloadavg()[0]:.1f}; backward pass {(end - begin) / 1e3:.0f} ms; the sums over '
-            f'ranks ({len(spans["sums"])} buckets) take {total / 1e3:.0f} ms, {hidden / total:.0%} of them during it'
+            f'ranks ({len(spans["sums"])} buckets) take {total / 1e3:.0f} ms, {hidden / total:.0%} of it'
         )
     dist.destroy_process_group()
 
@@ -233,8 +233,8 @@ def checkpoints():
             load = time.perf_counter() - start
         waits, save = (statistics.median(t) for t in zip(*times, strict=True))
         print(
-            f'| {params / 1e6:,.0f}M {str(dtype)[6:]} | {size / 2**20:,.0f} MiB | {waits:.2f} s | {save:.2f} s '
-            f'| {load:.2f} s |',
+            f'| {params / 1e6:,.0f}M {str(dtype)[6:]} | {size / 2**20:,.0f} MiB | {waits:.2f} s '
+            f'| {save:.2f} s | {load:.2f} s |',
             flush=True,
         )
 
