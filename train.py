@@ -32,8 +32,7 @@ from runs.console import Progress, say
 from runs.diagnostics import SpikeWatch, stand_out
 from runs.files import FileError
 from runs.fsdp import check_sharding, placed
-from runs.memory import refuse_what_cannot_fit
-from runs.models import MODELS, build, refuse_too_large
+from runs.models import build, refuse_too_large
 from runs.optimizer import make_optimizer
 from runs.ranks import (
     Ranks,
@@ -69,8 +68,7 @@ def main(argv: list[str]) -> int:
         # 2. Open the data, and the checkpoint or the weights that the run begins with.
         with main_rank_first(group, k, device):
             k, data, config, state, source = open_all(k, given, resume, group)
-            refuse_too_large(k, config, device)
-            refuse_what_cannot_fit(k, MODELS[k.model], config, group, device, dtype)
+            refuse_too_large(k, config, group, device, dtype)
         if group.ddp:
             refuse_unlike_ranks(k, data, state, device)
         return train(k, argv, group, stop, config, data, state, source, device, dtype)

@@ -119,7 +119,7 @@ def refuse_what_cannot_fit(k, kind, config, group, device: str, dtype: str):
     group: the ranks, which share the memory of a CPU.
     """
     memory = total_memory(device)
-    if memory is None or k.eval_only:
+    if memory is None:
         return
     if device == 'cpu':
         memory //= group.on_host
