@@ -224,7 +224,7 @@ def verify(path: Path, index: dict):
 
 def _plain(path: Path, name) -> str:
     """A name that stays in its folder; CheckpointError for any other."""
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or Path(name).name != name or name.startswith('.'):
         raise CheckpointError(f'{path} is damaged: it names a part {name!r:.80}')
     return name
 

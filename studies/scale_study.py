@@ -10,9 +10,9 @@ Prints Markdown. `ranks` counts bytes on the loopback of a network namespace of 
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -29,13 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import GPT, GPTConfig
 from runs import checkpoint
+from runs.fsdp import placed
 from runs.knobs import Knobs, model_config
 from runs.memory import needs
 from runs.optimizer import make_optimizer
 from runs.ranks import Ranks
 from runs.step import TrainingStep
 
-ROOT = Path(__file__).resolve().parent.parent
 # name -> layers, heads, width, as of GPT-2 and GPT-3
 SIZES = {
     '124M': (12, 12, 768),
@@ -73,87 +73,90 @@ def memory():
                 print(f'| {size} | {world} | {once.params / 1e6:,.0f}M | {told} |', flush=True)
 
 
-# A model whose work is worth sharing out, and small enough for two cores
-RANKS = {
-    **{'device': 'cpu', 'dtype': 'float32', 'compile': False, 'threads': 1, 'n_layer': 6, 'n_head': 8},
-    **{'n_embd': 256, 'block_size': 256, 'batch_size': 4, 'gradient_accumulation_steps': 4},
-    **{'max_iters': 12, 'warmup_iters': 2, 'eval_interval': 1000, 'eval_iters': 1, 'log_interval': 1},
-}
-# Runs a command where the loopback carries nothing else, and tells how many bytes it has carried
-ALONE = """
-import subprocess, sys
-from pathlib import Path
-subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)
-status = subprocess.run(sys.argv[1:]).returncode
-line = next(l for l in Path('/proc/net/dev').read_text().splitlines() if l.strip().startswith('lo:'))
-print('SENT', line.split()[9])
-sys.exit(status)
-"""
+# A model whose work is worth sharing out, and small enough for two cores: 1,024 tokens per step
+WORK = Knobs(
+    **{'device': 'cpu', 'compile': False, 'n_layer': 6, 'n_head': 8, 'n_embd': 256, 'block_size': 128},
+    **{'batch_size': 2, 'gradient_accumulation_steps': 4, 'warmup_iters': 0},
+)
+CONFIG = GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=128, vocab_size=4096)
+STEPS = 5  # that are measured, after two others
 
 
-def random_tokens(folder: Path, vocab_size: int = 4096, n: int = 2_000_000):
-    random = np.random.default_rng(0)
-    for name, count in {'train': n, 'val': 20_000}.items():
-        random.integers(0, vocab_size, count, np.uint16).tofile(folder / f'{name}.bin')
+def training_step(k: Knobs, group: Ranks) -> TrainingStep:
+    model = placed(GPT(CONFIG, seed=0), k, group, 'cpu', 'float32')
+    tokens = np.random.default_rng(0).integers(0, 4096, 100_000).astype(np.uint16)
+    return TrainingStep(k, group, model, make_optimizer(model, k, 'cpu'), tokens, 'cpu', 'float32')
 
 
-def train(n: int, folder: Path, **knobs) -> tuple[float, float, float]:
-    """Train on n ranks -> seconds per step by the clock, processor seconds of all ranks, bytes sent."""
-    flags = {
-        **RANKS,
-        **knobs,
-        'dataset': folder,
-        'vocab_size': 4096,
-        'out_dir': folder / 'run',
-        'overwrite': True,
-    }
-    command = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}'] if n else []
-    command = [sys.executable, *command, 'train.py', *(f'--{name}={v}' for name, v in flags.items())]
-    alone = ['unshare', '--net', sys.executable, '-c', ALONE]
-    environment = os.environ | {'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*alone, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    sent = int(done.stdout.split('SENT ')[1].split()[0])
-    records = [json.loads(line) for line in (folder / 'run/metrics.jsonl').open(encoding='utf-8')]
-    tokens = 4 * 4 * 256
-    walls = [tokens / r['tokens_per_s'] for r in records if 'tokens_per_s' in r and r['iter'] > 2]
-    return statistics.median(walls), cpu, sent
+def sent() -> int:
+    """Bytes that the loopback of this network namespace has carried."""
+    lines = Path('/proc/net/dev').read_text(encoding='ascii').splitlines()
+    return int(next(line for line in lines if line.strip().startswith('lo:')).split()[9])
 
 
-def per_step(n: int, folder: Path, **knobs) -> tuple[float, float, float]:
-    """The same per step: the difference of a long run and a short one, without what a start costs."""
-    short, long = (train(n, folder, max_iters=iters, **knobs) for iters in (4, 16))
-    return long[0], (long[1] - short[1]) / 12, (long[2] - short[2]) / 12
+def rank_of(rank: int, n: int, knobs: dict, port: int, results):
+    """Train as one rank of n, and put (seconds, processor seconds, bytes sent) of the steps into results."""
+    torch.set_num_threads(1)
+    k, group = replace(WORK, **knobs), Ranks()
+    if n > 1:
+        os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'GLOO_SOCKET_IFNAME': 'lo'}
+        dist.init_process_group('gloo', rank=rank, world_size=n)
+        group = Ranks(rank, rank, n, ddp=True, on_host=n)
+    step = training_step(k, group)
+    step.begin(0)
+    for it in range(STEPS + 2):
+        if it == 2:
+            if n > 1:
+                dist.barrier()
+            begin = time.perf_counter(), time.process_time(), sent()
+        step.gradients(it)
+        step.update(1e-3)
+    if n > 1:
+        dist.barrier()
+    end = time.perf_counter(), time.process_time(), sent()
+    results.put([(b - a) / STEPS for a, b in zip(begin, end, strict=True)])
+    if n > 1:
+        dist.barrier()  # nobody leaves while another one reads
+    os._exit(0)
 
 
 def ranks():
     """The same total batch on 1, 2 and 4 ranks of two cores, one thread each."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        random_tokens(folder)
-        config = GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=4096)
-        size = 4 * GPT(config, seed=0).num_params(non_embedding=False)
-        print(f'load {os.getloadavg()[0]:.1f}; the model has {size / 2**20:.1f} MiB of weights in fp32')
-        print('| ranks | | tokens/s | processor s per step | of 1 rank | MiB sent per step | of the model |')
-        print('| --- ' * 7 + '|')
-        base = None
-        cases = [(0, 'one process', {}), (2, 'whole models', {}), (4, 'whole models', {})]
-        cases += [(n, '--shard=true', {'shard': True}) for n in (2, 4)]
-        cases += [(0, '--activation_checkpointing=true', {'activation_checkpointing': True})]
-        for n, told, knobs in cases:
-            wall, cpu, sent = per_step(n, folder, **knobs)
-            base = base or cpu
-            print(
-                f'| {n or 1} | {told} | {4096 / wall:,.0f} | {cpu:.2f} | {cpu / base:.2f} '
-                f'| {sent / 2**20:.1f} | {sent / size:.2f} |',
-                flush=True,
-            )
+    if 'ALONE' not in os.environ:  # in a network of its own, which carries nothing else
+        command = f'ip link set lo up && exec {shlex.join([sys.executable, *sys.argv])}'
+        environment = os.environ | {'ALONE': '1'}
+        subprocess.run(['unshare', '--net', 'bash', '-c', command], env=environment, check=True)
+        return
+    torch.set_num_threads(1)
+    with torch.device('meta'):
+        size = 4 * GPT(CONFIG, seed=0).num_params(non_embedding=False)
+    print(f'load {os.getloadavg()[0]:.1f}; the model has {size / 2**20:.1f} MiB of weights in fp32')
+    print('| ranks | | tokens/s | processor s per step | of 1 rank | MiB sent per step | of the model |')
+    print('| --- ' * 7 + '|')
+    cases = [
+        (1, 'one process', {}),
+        (1, '--activation_checkpointing=true', {'activation_checkpointing': True}),
+    ]
+    cases += [(n, 'whole models', {}) for n in (2, 4)] + [
+        (n, '--shard=true', {'shard': True}) for n in (2, 4)
+    ]
+    base, forks = None, multiprocessing.get_context('fork')
+    for i, (n, told, knobs) in enumerate(cases):
+        results = forks.Queue()
+        own = [forks.Process(target=rank_of, args=(r, n, knobs, 29400 + i, results)) for r in range(n)]
+        for process in own:
+            process.start()
+        found = [results.get(timeout=900) for _ in own]
+        for process in own:
+            process.join()
+        wall, cpu = max(f[0] for f in found), sum(f[1] for f in found)
+        out = max(f[2] for f in found)
+        base = base or cpu
+        print(
+            f'| {n} | {told} | {1024 / wall:,.0f} | {cpu:.2f} | {cpu / base:.2f} | {out / 2**20:.1f} '
+            f'| {out / size:.2f} |',
+            flush=True,
+        )
 
 
 def overlap():
@@ -164,12 +167,8 @@ def overlap():
 
 def profiled():
     dist.init_process_group('gloo')
-    k = Knobs(**{**RANKS, 'gradient_accumulation_steps': 2, 'warmup_iters': 0})
-    config = GPTConfig(n_layer=6, n_head=8, n_embd=256, block_size=256, vocab_size=4096)
     group = Ranks(dist.get_rank(), dist.get_rank(), 2, ddp=True, on_host=2)
-    model = GPT(config, seed=0)
-    tokens = np.random.default_rng(0).integers(0, 4096, 100_000).astype(np.uint16)
-    step = TrainingStep(k, group, model, make_optimizer(model, k, 'cpu'), tokens, 'cpu', 'float32')
+    step = training_step(replace(WORK, gradient_accumulation_steps=2), group)
     step.begin(0)
     for it in range(3):
         step.gradients(it)

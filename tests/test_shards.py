@@ -136,6 +136,7 @@ def test_damaged_parts_are_one_line_with_the_file_to_fall_back_on(made, tmp_path
     'change',
     [
         lambda index: index.update(folder='../elsewhere'),
+        lambda index: index.update(folder='..'),
         lambda index: index['files'].update({'/etc/passwd': [1, 1]}),
         lambda index: index.pop('also'),
         lambda index: next(iter(index['tensors'].values()))['chunks'][0].update(file='../../secret'),
