@@ -188,11 +188,13 @@ def profiled():
         total = sum(stop - start for start, stop in largest)
         hidden = sum(max(0, min(stop, end) - start) for start, stop in largest)
         begin = min(start for start, _ in spans['backward'])
-        print(
-            f'load {os.getloadavg()[0]:.1f}; backward pass {(end - begin) / 1e3:.0f} ms; the sums over '
-            f'ranks ({len(spans["sums"])} buckets) take {total / 1e3:.0f} ms, {hidden / total:.0%} of it'
-        )
+        times = f'backward pass {(end - begin) / 1e3:.0f} ms, sums over ranks {total / 1e3:.0f} ms'
+        during = f'in {len(spans["sums"])} buckets, {hidden / total:.0%} of it during the backward pass'
+        print(f'load {os.getloadavg()[0]:.1f}; {times}, {during}')
     dist.destroy_process_group()
+
+
+CHECKPOINTS = {10e6: torch.float32, 40e6: torch.float32, 124e6: torch.float32, 1e9: torch.bfloat16}
 
 
 def checkpoints():
