@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError
+from layers.loss import soft_capped
 from runs.text import check_sampling, finite_logits, stream_text
 
 try:
@@ -84,6 +85,7 @@ class HarnessLM(TemplateLM):
                     target = torch.tensor(sequence[-n:], device=self._device)
                     end = len(sequence) - 1
                     logits = F.linear(row[end - n : end], real)  # (n, ids)
+                    logits = soft_capped(logits, self.model.config.softcap)
                     log_p = F.log_softmax(logits.float(), dim=-1)
                     total = log_p.gather(1, target[:, None]).sum().item()
                     if not math.isfinite(total):
@@ -107,7 +109,8 @@ class HarnessLM(TemplateLM):
             context, asked = request.args
             options = normalize_gen_kwargs(asked, self.max_gen_toks)
             stop = handle_stop_sequences(options.pop('until', None), eos=None)
-            n, sampling = options.pop('max_gen_toks'), {'temperature': 0.0, 'top_k': None, 'top_p': 1.0}
+            n = options.pop('max_gen_toks')
+            sampling: dict = {'temperature': 0.0, 'top_k': None, 'top_p': 1.0}
             options.pop('do_sample', None)  # said by the temperature too
             sampling |= {name: options.pop(name) for name in sampling.keys() & options.keys()}
             if options and options != {'num_beams': 1}:

@@ -18,7 +18,11 @@ from runs.parts import load_parts
 from runs.ranks import Ranks
 from runs.system import total_memory
 
-MODELS = {'gpt': GPT, 'hierarchy': Hierarchy, 'composed': Composed}  # by the knob `model`
+MODELS: dict[str, type[LanguageModel]] = {
+    'gpt': GPT,
+    'hierarchy': Hierarchy,
+    'composed': Composed,
+}  # by the knob `model`
 
 
 def build(k: Knobs, config: GPTConfig) -> LanguageModel:

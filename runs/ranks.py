@@ -51,9 +51,9 @@ class Ranks(NamedTuple):
 def ranks() -> Ranks:
     if 'RANK' not in os.environ:
         return Ranks()
-    numbers = [int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
-    on_host = int(os.environ.get('LOCAL_WORLD_SIZE', numbers[2]))
-    return Ranks(*numbers, ddp=True, torchrun=os.getppid(), on_host=on_host)
+    rank, local_rank, world = (int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+    on_host = int(os.environ.get('LOCAL_WORLD_SIZE', world))
+    return Ranks(rank, local_rank, world, ddp=True, torchrun=os.getppid(), on_host=on_host)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from declared import List, Object, OneOf, ShapeError, Table, Text, Whole, check
+from declared import List, Object, OneOf, Shape, ShapeError, Table, Text, Whole, check
 from runs import checkpoint, files
 from runs.checkpoint import CheckpointError
 from runs.files import SHARDS
@@ -149,7 +149,7 @@ def write(state: dict, folder: Path, group) -> dict:
         metadata = dcp.save(tensors, storage_writer=writer, process_group=group)
         files.sync_folder(folder)
         own = sorted(folder.glob(f'__{dist.get_rank(group)}_*'))
-        sums = [None] * dist.get_world_size(group)
+        sums: list[dict] = [{}] * dist.get_world_size(group)
         dist.all_gather_object(sums, {path.name: crc(path) for path in own}, group=group)
     except (Exception, CheckpointException) as e:  # of any rank: it is raised on all
         raise CheckpointError(
@@ -165,8 +165,8 @@ def write(state: dict, folder: Path, group) -> dict:
             chunks.append({'offsets': list(chunk.offsets), 'sizes': list(chunk.sizes), **place})
         dtype = str(entry.properties.dtype).removeprefix('torch.')
         entries[path] = {'dtype': dtype, 'shape': list(entry.size), 'chunks': chunks}
-    sums = {name: value for of_rank in sums for name, value in of_rank.items()}
-    return {'folder': folder.name, 'files': sums, 'tensors': entries, 'also': also}
+    of_all = {name: value for of_rank in sums for name, value in of_rank.items()}
+    return {'folder': folder.name, 'files': of_all, 'tensors': entries, 'also': also}
 
 
 def _reason(e: Exception) -> str:
@@ -186,8 +186,14 @@ def crc(path: Path) -> list:
 
 
 COUNT, TEXT = Whole(0), Text()
-CHUNK = {'offsets': List(COUNT), 'sizes': List(COUNT), 'file': TEXT, 'at': COUNT, 'length': COUNT}
-TENSOR = {
+CHUNK: dict[str, Shape] = {
+    'offsets': List(COUNT),
+    'sizes': List(COUNT),
+    'file': TEXT,
+    'at': COUNT,
+    'length': COUNT,
+}
+TENSOR: dict[str, Shape] = {
     'dtype': OneOf('float32', 'bfloat16', 'float16', 'float64', 'int64'),
     'shape': List(COUNT),
     'chunks': List(Object(CHUNK)),

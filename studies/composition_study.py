@@ -8,8 +8,8 @@ same training FLOPs.
 For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
 branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
 one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. Runs are made
-in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the same
-command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
+in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the
+same command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ KINDS = {  # the parts with experts, the part that is held out, and how data/clu
     'cluster': (['0', '1', '2', '3'], '4', ['--clusters=5', '--held_out=4']),
 }
 SHARED = [
-    *('config/size_cpu.py', '--device=cpu', '--compile=false', '--threads=1', '--batch_size=4'),
+    *('config/sizes/size_cpu.py', '--device=cpu', '--compile=false', '--threads=1', '--batch_size=4'),
     *('--optimizer=muon', '--eval_iters=16', '--warmup_iters=15', '--log_interval=20'),
 ]
 STEPS = {'seed': 250, 'expert': 250, 'together': 160, 'apart': 100, 'grown': 100}
@@ -307,7 +307,7 @@ def flops_of(run: dict) -> float:
 
 
 def dense_flops(width: int) -> float:
-    """Training FLOPs per token of a dense model of config/size_cpu.py with another width."""
+    """Training FLOPs per token of a dense model of config/sizes/size_cpu.py with another width."""
     with torch.device('meta'):
         return GPT(GPTConfig(block_size=256, n_embd=width, vocab_size=4096), seed=0).flops_per_token()
 

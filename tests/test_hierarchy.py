@@ -283,7 +283,8 @@ def test_the_latent_stack_is_the_gpts():
     from model import GPT
 
     model = make(**OPTIONS['reflex'])
-    _, latents, thought = model.run(tokens(), hierarchy.Piece(model.config, 0, 24, 'cpu', None))
+    piece = hierarchy.Piece(model.config, 0, 24, 'cpu', None)
+    _, latents, thought = model.run(model.transformer.wte(tokens()), piece)
     gpt = GPT(model.config.stack(), seed=0).double()
     gpt.transformer.h.load_state_dict(model.transformer.h.state_dict())
     memory = Memory()
@@ -615,9 +616,9 @@ def test_every_option_is_a_knob_with_the_same_default():
 
 def test_the_configs_are_whole(root):
     """Of both sizes: the authors' and that for a laptop; options are put behind them."""
-    sizes = [['hierarchy.py'], ['hierarchy_cpu.py', 'size_cpu.py']]
-    names = {path.name for path in (root / 'config').glob('hierarchy*.py')}
-    for option in sorted(names - {'hierarchy.py', 'hierarchy_cpu.py'}):
+    sizes = [['hierarchy.py'], ['hierarchy/hierarchy_cpu.py', 'sizes/size_cpu.py']]
+    names = {f'hierarchy/{path.name}' for path in (root / 'config/hierarchy').glob('*.py')}
+    for option in sorted(names - {'hierarchy/hierarchy_cpu.py'}):
         for size in sizes:
             knobs = configure(Knobs, [str(root / 'config' / name) for name in [*size, option]]).knobs
             check(knobs)
@@ -627,4 +628,4 @@ def test_the_configs_are_whole(root):
         MODELS[k.model](model_config(k, 4096, 4096), seed=0).num_params()
         for k in (replace(plain, model='gpt', n_layer=6), plain)
     )
-    assert here == pytest.approx(vanilla, rel=0.05), 'config/hierarchy_cpu.py is as large as vanilla'
+    assert here == pytest.approx(vanilla, rel=0.05), 'hierarchy_cpu is as large as vanilla'
