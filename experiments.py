@@ -259,13 +259,11 @@ class Knobs:
     # what is run
     scale: str = ''  # paper (as published, for a GPU) | cpu (a night) | short (an evening) | minutes (ten)
     seeds: int = 0  # how many seeds the arms are compared on: 0, 1, …; 0 = as many as the scale says
-    jobs: int | None = None  # runs side by side; default: 1, with slurm all that the cluster has room for
+    jobs: int | None = None  # runs side by side, here with one CPU thread each; default: 1, with slurm all
     arms: str = ''  # only these arms, separated by commas
     equal: str = 'steps'  # what all arms get: steps | flops | seconds (by the runs of equal steps)
     # where it runs
-    launcher: str = (
-        'local'  # local (here; with several jobs one CPU thread each) | slurm (tasks of a cluster)
-    )
+    launcher: str = 'local'  # local (here) | slurm (each arm and seed is a task of a cluster)
     partition: str = ''  # of slurm; '' and 0 here and below: what the cluster takes for itself
     account: str = ''  # that slurm charges
     time_limit: str = ''  # of a task, as of sbatch --time; a run that comes near it saves and is requeued

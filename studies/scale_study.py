@@ -201,12 +201,7 @@ def checkpoints():
     """Files as a run writes them: weights and AdamW's state in fp32; of 1B parameters the weights in bf16."""
     print(f'load {os.getloadavg()[0]:.1f}\n| parameters | file | training waits | save | load, verified |')
     print('| --- ' * 5 + '|')
-    for params, dtype in (
-        (10e6, torch.float32),
-        (40e6, torch.float32),
-        (124e6, torch.float32),
-        (1e9, torch.bfloat16),
-    ):
+    for params, dtype in CHECKPOINTS.items():
         rows = round(params / 16 / 1024)
         names = ['weight'] if dtype == torch.bfloat16 else ['weight', 'exp_avg', 'exp_avg_sq']
         tensors = {part: {str(i): torch.zeros(rows, 1024, dtype=dtype) for i in range(16)} for part in names}
