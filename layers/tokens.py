@@ -106,7 +106,7 @@ class EmbeddingValueAttention(HeadPlanAttention):
         own = self.c_embed(embedded).unflatten(2, (self.of_tokens, self.head_size)).transpose(1, 2)
         return q, k, torch.cat([v, own], dim=1)  # (B, n_value, T, hs)
 
-    def forward(self, x, memory: Memory, cache: KVCache | None = None):
+    def forward(self, x, memory: Memory, cache=None):
         if cache is None or cache.length == 0 or self.keeps_values:
             return super().forward(x, memory, cache)
         q, k, v = self.project(x, memory)
@@ -127,7 +127,7 @@ class EmbeddingValueAttention(HeadPlanAttention):
             e = e + self.c_embed.bias.view(self.of_tokens, 1, self.head_size).type_as(e)
         return self.output(torch.cat([y, e], dim=1))
 
-    def hold(self, k, v, memory: Memory, cache: KVCache):
+    def hold(self, k, v, memory: Memory, cache):
         if self.keeps_values:
             return super().hold(k, v, memory, cache)
         cache.append(k, v[:, : self.own])
