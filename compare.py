@@ -319,7 +319,11 @@ def cautions(arms: list[Compared], base: Compared | None):
         # seed by seed: an experiment that went on on another machine may still have whole pairs on each
         ours, theirs = ({r.seed: surroundings(r) for r in x.finished} for x in (arm, base))
         for name, follows in APART.items():
-            pairs = {seed: (ours[seed].get(name), theirs[seed].get(name)) for seed in ours if seed in theirs}
+            pairs = {
+                seed: (ours[seed].get(name, False), theirs[seed].get(name, False))
+                for seed in ours
+                if seed in theirs
+            }
             apart = {seed: pair for seed, pair in pairs.items() if pair[0] != pair[1]}
             if apart:
                 seeds, (a, b) = ', '.join(map(str, apart)), next(iter(apart.values()))
