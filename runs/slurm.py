@@ -28,7 +28,8 @@ ENDED = (
 )
 # Every index of the array works in a folder of its own. Slurm sends USR1 some time before the limit on time;
 # the run gets a TERM, which torchrun passes on too, and saves; then the task goes back into the queue. What
-# ends without being asked says how, as the local launcher does.
+# ends without being asked says how, as the local launcher does. A run that the TERM kills (143) had not begun:
+# back in the queue it would never begin.
 SCRIPT = """#!/bin/bash
 case "$SLURM_ARRAY_TASK_ID" in
 {cases}
@@ -46,7 +47,9 @@ trap 'ask end' TERM
 child=$!
 if [ -n "$asked" ]; then kill -TERM "$child"; fi
 while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a trap ends a wait early
-if [ "$asked" = limit ]; then
+if [ "$asked" = limit ] && [ "$code" = 143 ]; then
+    echo {mark}ended with 143: the limit on time was near before the run had begun
+elif [ "$asked" = limit ]; then
     echo {mark}the limit on time is near, back to the queue
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 elif [ "${{code:=0}}" != 0 ] && [ -z "$asked" ]; then

@@ -261,7 +261,7 @@ def test_tasks_that_come_to_their_limit_end_bit_identical(cluster, tmp_path):
     extra = [f'--{name}={value}' for name, value in {**knobs, 'dataset': data}.items()]
     command = [str(mine), '--scale=minutes', '--learning_rate=1e-2', '--seeds=1', f'--out={out}', *extra]
     command += ['--keep_checkpoints=true']
-    limits = ['--launcher=slurm', '--time_limit=1', '--warning=50', '--cpus=1', '--name=queue']
+    limits = ['--launcher=slurm', '--time_limit=2', '--warning=60', '--cpus=1', '--name=queue']
     code = f"""
 import sys
 from pathlib import Path
@@ -277,7 +277,7 @@ experiments.run_program(experiments.main)
             [sys.executable, '-c', code, *command, *limits], env=cluster, stdout=file, stderr=file
         )
     assert experiments.main([*command, '--name=straight', '--jobs=2']) == 0  # while the others wait
-    side_by_side, until = 0, time.monotonic() + 300
+    side_by_side, until = 0, time.monotonic() + 500
     try:
         while process.poll() is None:
             assert time.monotonic() < until, log.read_text(encoding='utf-8')
