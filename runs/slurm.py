@@ -28,8 +28,8 @@ ENDED = (
 )
 # Every index of the array works in a folder of its own. Slurm sends USR1 some time before the limit on time;
 # the run gets a TERM, which torchrun passes on too, and saves; then the task goes back into the queue. What
-# ends without being asked says how, as the local launcher does. A run that the TERM kills (143) had not begun:
-# back in the queue it would never begin.
+# ends without being asked says how, as the local launcher does. A run that the TERM kills (143) had not yet
+# begun: back in the queue it never would.
 SCRIPT = """#!/bin/bash
 case "$SLURM_ARRAY_TASK_ID" in
 {cases}
