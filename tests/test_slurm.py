@@ -170,7 +170,7 @@ def test_tasks_that_are_killed_go_on_and_a_silent_controller_is_waited_for(drive
     (tmp_path / 'slurm/forgotten').touch()
     for path in tmp_path.glob('slurm/1_*'):
         os.killpg(int(path.read_text().split()[0]), signal.SIGKILL)
-    time.sleep(1)
+    time.sleep(4)
     assert len(list(tmp_path.glob('out/4-cpu/slurm/*.sh'))) == 1
     (tmp_path / 'out/hold').unlink()
     (tmp_path / 'slurm/down').unlink()
@@ -261,7 +261,7 @@ def test_tasks_that_come_to_their_limit_end_bit_identical(cluster, tmp_path):
     extra = [f'--{name}={value}' for name, value in {**knobs, 'dataset': data}.items()]
     command = [str(mine), '--scale=minutes', '--learning_rate=1e-2', '--seeds=1', f'--out={out}', *extra]
     command += ['--keep_checkpoints=true']
-    limits = ['--launcher=slurm', '--time_limit=2', '--warning=60', '--cpus=1', '--name=queue']
+    limits = ['--launcher=slurm', '--time_limit=2', '--warning=30', '--cpus=1', '--name=queue']
     code = f"""
 import sys
 from pathlib import Path
@@ -276,7 +276,6 @@ experiments.run_program(experiments.main)
         process = subprocess.Popen(
             [sys.executable, '-c', code, *command, *limits], env=cluster, stdout=file, stderr=file
         )
-    assert experiments.main([*command, '--name=straight', '--jobs=2']) == 0  # while the others wait
     side_by_side, until = 0, time.monotonic() + 500
     try:
         while process.poll() is None:
@@ -299,6 +298,7 @@ experiments.run_program(experiments.main)
     assert 'the limit on time is near, back to the queue' in warned
     assert 'stopped by SIGTERM at iteration 7' in warned and 'from iteration 7' in warned
     assert 'from iteration 5' in killed  # of its last save
+    assert experiments.main([*command, '--name=straight', '--jobs=2']) == 0
     for arm in ('vanilla', 'mine'):
         tiny.assert_same_run(out / 'straight' / arm / 'seed0', out / 'queue' / arm / 'seed0')
 
