@@ -272,6 +272,8 @@ APART = {  # what follows where two runs of a pair differ in one of their `surro
     'dtype': NOTHING_ALIKE,
     'compile': NO_SPEEDS,
     'threads': NO_SPEEDS,
+    'shard': NO_SPEEDS,
+    'activation_checkpointing': NO_SPEEDS,
     'torch': NOTHING_ALIKE,
     'commit': 'comparable only if nothing in between changes what either computes',
 }
@@ -317,7 +319,11 @@ def cautions(arms: list[Compared], base: Compared | None):
         # seed by seed: an experiment that went on on another machine may still have whole pairs on each
         ours, theirs = ({r.seed: surroundings(r) for r in x.finished} for x in (arm, base))
         for name, follows in APART.items():
-            pairs = {seed: (ours[seed][name], theirs[seed][name]) for seed in ours if seed in theirs}
+            pairs = {
+                seed: (ours[seed].get(name, False), theirs[seed].get(name, False))
+                for seed in ours
+                if seed in theirs
+            }
             apart = {seed: pair for seed, pair in pairs.items() if pair[0] != pair[1]}
             if apart:
                 seeds, (a, b) = ', '.join(map(str, apart)), next(iter(apart.values()))
@@ -354,6 +360,7 @@ def surroundings(run: Run) -> dict:
         'threads': run.run.get('threads'),
         'compile': run.config.get('compile'),
         'torch': (run.run.get('versions') or {}).get('torch'),
+        **{name: True for name in ('shard', 'activation_checkpointing') if run.config.get(name)},
     }
 
 

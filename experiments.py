@@ -10,6 +10,7 @@
     python experiments.py search 4 peers plans --scale=short # the best arm of many, by successive halving
     python experiments.py 4 --scale=cpu --status             # what is done, runs, waits and failed
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
+    python experiments.py 4 --scale=paper --launcher=slurm --gpus=1 --time_limit=8:00:00  # tasks of a cluster
 
 The protocol: first each arm gets the same small sweep of learning rates on seeds of its own (1000, 1001; an
 edge that wins is pushed out), and takes the lowest point of the parabola through the best rate and its two
@@ -45,8 +46,9 @@ from pathlib import Path
 
 from configurator import ConfigError, configure, divide, run_program
 from runs import knobs as training
+from runs import slurm
 from runs.datasets import data_folder, prepare_own
-from runs.files import FolderLock, check_name, lock_holder, make_folder, write_text
+from runs.files import FolderLock, check_name, lock_holder, make_folder, remove_shards, write_text
 from runs.records import (
     METRICS,
     README,
@@ -257,9 +259,19 @@ class Knobs:
     # what is run
     scale: str = ''  # paper (as published, for a GPU) | cpu (a night) | short (an evening) | minutes (ten)
     seeds: int = 0  # how many seeds the arms are compared on: 0, 1, …; 0 = as many as the scale says
-    jobs: int = 1  # runs side by side; if there are several, each has one CPU thread
+    jobs: int | None = None  # runs side by side, here with one CPU thread each; default: 1, with slurm all
     arms: str = ''  # only these arms, separated by commas
     equal: str = 'steps'  # what all arms get: steps | flops | seconds (by the runs of equal steps)
+    # where it runs
+    launcher: str = 'local'  # local (here) | slurm (each arm and seed is a task of a cluster)
+    partition: str = ''  # of slurm; '' and 0 here and below: what the cluster takes for itself
+    account: str = ''  # that slurm charges
+    time_limit: str = ''  # of a task, as of sbatch --time; a run that comes near it saves and is requeued
+    gpus: int = 0  # of a task; several: torchrun starts a rank on each
+    cpus: int = 0  # of a task, which has as many threads
+    memory: str = ''  # of a task, as sbatch --mem takes it
+    warning: int = 120  # seconds before the limit on time at which a run is asked to save
+    sbatch: str = ''  # further options of sbatch, such as '--qos=long --constraint=a100'
     # learning rates
     learning_rate: float | None = None  # for all arms, instead of a sweep
     rates: str = ''  # the rates that the sweep begins with, separated by commas; '' = those of the scale
@@ -277,12 +289,16 @@ class Knobs:
 
     def __post_init__(self):
         choices = {'scale': SCALES, 'equal': ('steps', 'flops', 'seconds'), 'pick': ('parabola', 'best')}
+        choices['launcher'] = ('local', 'slurm')
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 value = f'={getattr(self, name)}' if getattr(self, name) else ' is not given'
                 raise ConfigError(f'--{name}{value}: give one of {", ".join(allowed)}')
-        for name, least in {'jobs': 1, 'sweep_seeds': 1, 'seeds': 0, 'sweep_iters': 0, 'minutes': 0}.items():
-            if getattr(self, name) < least:
+        at_least = {'jobs': 1, 'sweep_seeds': 1} | dict.fromkeys(
+            ('seeds', 'sweep_iters', 'minutes', 'gpus', 'cpus', 'warning'), 0
+        )
+        for name, least in at_least.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f'--{name}={getattr(self, name)}: at least {least}')
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ConfigError(
@@ -290,6 +306,23 @@ class Knobs:
             )
         if self.name:
             check_name('--name', self.name)
+        of_slurm = ('partition', 'account', 'time_limit', 'gpus', 'cpus', 'memory', 'sbatch')
+        given = [name for name in of_slurm if getattr(self, name)]
+        if given and self.launcher != 'slurm':
+            raise ConfigError(f'--{given[0]} is for tasks of a cluster: give --launcher=slurm too')
+
+    def resources(self) -> slurm.Resources:
+        """What a task of the cluster asks for."""
+        return slurm.Resources(
+            partition=self.partition,
+            account=self.account,
+            time_limit=self.time_limit,
+            gpus=self.gpus,
+            cpus=self.cpus,
+            memory=self.memory,
+            warning=self.warning,
+            more=self.sbatch,
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -320,6 +353,10 @@ class Job:
     def __str__(self):
         return f'{self.arm} {self.out.name}'
 
+    def start_arguments(self) -> list[str]:
+        """Of train.py, all of them: it starts, or goes on with what is there."""
+        return [*self.arguments, f'--out_dir={_short(self.out)}', '--init_from=auto']
+
     def done(self) -> Run | None:
         """The run, if it has come to its end: finished, or ended by its own loss."""
         if not (self.out / RUN).exists():
@@ -334,20 +371,27 @@ class Job:
         except (OSError, ValueError, IndexError):
             return 0
 
-    def state(self, busy: bool) -> str:
-        """'done', 'running', 'failed' (train.py ended with an error), 'stopped' on the way, or 'waiting'.
+    def state(self, busy: bool, task: slurm.Task | None = None) -> str:
+        """'done', 'running', 'queued' (by Slurm), 'failed' (train.py ended with an error), 'stopped' on the
+        way, or 'waiting'.
 
-        busy: experiments.py is at work on the study, so what has begun may not have its lock yet.
+        busy: experiments.py is at work on the study, so what has begun may not have its lock yet; task: of
+        Slurm, if it knows of one.
         """
         if self.done():
             return 'done'
+        if task and task.alive:
+            return 'queued' if task.waits else 'running'
         last = self.log()[-1:]
         if lock_holder(self.out) or (busy and last == [f'{MARK}start']):
             return 'running'
-        failed = (self.out / RUN).exists() and read_run(self.out, self.arm).state.startswith('failed')
-        if failed or (last and last[0].startswith(f'{MARK}ended')):
-            return 'failed'
-        return 'stopped' if last else 'waiting'
+        return 'failed' if self.failed() else 'stopped' if last else 'waiting'
+
+    def failed(self) -> bool:
+        """Whether its last attempt ended with an error."""
+        if (self.out / RUN).exists() and read_run(self.out, self.arm).state.startswith('failed'):
+            return True
+        return any(line.startswith(f'{MARK}ended') for line in self.log()[-1:])
 
     def log(self) -> list[str]:
         """The lines of its log."""
@@ -366,8 +410,8 @@ class Job:
 class Runner:
     """Runs jobs, `at_once` at a time, and tells how it goes. `stopped` says why it was asked to end early."""
 
-    def __init__(self, at_once: int, minutes: float, keep: bool, extra: list[str]):
-        self.at_once, self.keep, self.extra = at_once, keep, extra
+    def __init__(self, at_once: int, minutes: float, keep: bool):
+        self.at_once, self.keep = at_once, keep
         self.started = time.monotonic()
         self.deadline = self.started + 60 * minutes if minutes else float('inf')
         self.steps = 0  # made since then by runs that have ended
@@ -393,7 +437,10 @@ class Runner:
                         continue
                     self.steps += max(0, job.step() - first)
                     if process or job.done():
-                        self._end(job, process.returncode if process else 0)
+                        code = process.returncode if process else 0
+                        if not self._end(job, f'ended with {code}: {job.last_words()}') and not self.stopped:
+                            with open(job.out / LOG, 'a', encoding='utf-8') as log:
+                                print(f'{MARK}ended with {code}', file=log)
                     else:
                         waiting.insert(0, job)  # it goes on from its checkpoint
                 if time.monotonic() - told > 60:
@@ -410,8 +457,8 @@ class Runner:
         if lock_holder(job.out):
             return self._wait_for(job)
         make_folder(job.out)
-        command = [sys.executable, str(PROGRAM), *job.arguments, *self.extra]
-        command += [f'--out_dir={_short(job.out)}', '--init_from=auto']
+        command = [sys.executable, str(PROGRAM), *job.start_arguments()]
+        command += ['--threads=1'] if self.at_once > 1 else []
         environment = dict(os.environ)
         if self.at_once > 1:  # else each of them would start a thread on every core
             environment |= {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
@@ -422,17 +469,20 @@ class Runner:
     def _wait_for(self, job: Job):
         say(f'{job}: still runs ({lock_holder(job.out)}): waiting for it')
 
-    def _end(self, job: Job, code: int):
+    def _end(self, job: Job, how: str) -> bool:
+        """Tell that it has ended, and how if it did not finish; whether it did."""
         run = job.done()
         if run and run.finished:
             say(f'{job}: validation loss {run.val_loss:.4f}, {run.tokens_per_s or 0:,.0f} tokens/s')
             for path in [] if self.keep else job.out.glob('*.pt'):
                 path.unlink()
-        elif not self.stopped:
-            say(f'{job}: ended with {code}: {job.last_words()}')
-            with open(job.out / LOG, 'a', encoding='utf-8') as log:
-                print(f'{MARK}ended with {code}', file=log)
+            if not self.keep:
+                remove_shards(job.out)
+            return True
+        if not self.stopped:
+            say(f'{job}: {how}')
             self.ended_badly += [] if run else [job]  # a loss that is not a number is a result
+        return False
 
     def _tell(self, waiting, running, later):
         steps = self.steps + sum(max(0, job.step() - first) for job, (_, first) in running.items())
@@ -457,6 +507,80 @@ class Runner:
             if process and process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+class SlurmRunner(Runner):
+    """Runs jobs as tasks of Slurm, which has them in its hands: whatever becomes of this program, they go on,
+    and the next one finds them in the queue."""
+
+    POLL = 10.0  # seconds between two questions to Slurm
+    SETTLE = 60.0  # that the files of a task may take to show on this machine once it has ended
+
+    def __init__(self, at_once: int, minutes: float, keep: bool, study: Path, wanted: slurm.Resources):
+        """study: the folder that keeps the batch scripts; wanted: of every task."""
+        super().__init__(at_once, minutes, keep)
+        self.study, self.wanted = study, wanted
+        self.array_size = slurm.most_tasks()
+
+    def run(self, jobs: list[Job], later: int = 0):
+        waiting = [job for job in jobs if not job.done()]
+        running, missed, told = {}, {}, -math.inf  # job -> its first step; when its task was first not there
+        while (waiting or running) and not self.stopped:
+            queue = self._queue()
+            if queue is not None:
+                for job in [job for job in waiting if job.out in queue and queue[job.out].alive]:
+                    say(f'{job}: is in the queue as {queue[job.out].id}: waiting for it')
+                    waiting.remove(job)
+                    running[job] = job.step()
+                for job in list(running):
+                    self._look(job, queue.get(job.out), running, missed, waiting)
+                some = waiting[: self.array_size]
+                if some:
+                    self._submit(some, room=self.at_once and max(1, self.at_once - len(running)))
+                    running |= {job: job.step() for job in some}
+                    del waiting[: len(some)]
+                if time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    begun = {job: (None, first) for job, first in running.items() if job.step() > first}
+                    self._tell([*waiting, *(job for job in running if job not in begun)], begun, later)
+            until = time.monotonic() + self.POLL
+            while (running or queue is None) and time.monotonic() < until and not self.stopped:
+                time.sleep(min(0.1, self.POLL))
+                if time.monotonic() > self.deadline:
+                    self.stopped = self.stopped or 'time is up'
+
+    def _queue(self) -> dict | None:
+        """What Slurm knows of our tasks; None while it does not answer: then nothing is taken for gone."""
+        try:
+            return slurm.queued(self.study)
+        except slurm.SlurmError as e:
+            say(f'warning: {e}; asking again')
+            return None
+
+    def _submit(self, jobs, room: int):
+        start = slurm.train_command(PROGRAM, self.wanted.gpus)
+        runs = [slurm.Run(job.out, [*start, *job.start_arguments()]) for job in jobs]
+        slurm.submit(runs, self.study, self.study.name, LOG, MARK, room, self.wanted)
+        say(f'{len(jobs)} task{"s" * (len(jobs) > 1)} submitted to Slurm as {self.study.name}')
+
+    def _look(self, job: Job, task: slurm.Task | None, running: dict, missed: dict, waiting: list):
+        """What became of a job that was submitted; waiting gets it where it is to be submitted again."""
+        if task and task.alive:
+            missed.pop(job, None)
+            return
+        since = time.monotonic() - missed.setdefault(job, time.monotonic())
+        if not (job.done() or job.failed()) and since < self.SETTLE:
+            return
+        del missed[job]
+        made = max(0, job.step() - running.pop(job))
+        self.steps += made
+        how = f'its task ended ({task.state.lower()})' if task else 'its task is gone from the queue'
+        cancelled = task and task.state == 'CANCELLED'
+        if made and not (cancelled or job.done() or job.failed()):
+            say(f'{job}: {how} at {job.step()} of {job.knobs.max_iters}: it goes on')
+            waiting.append(job)
+        else:
+            self._end(job, f'{how}: {job.last_words()}')
 
 
 def terminate_holder(folder: Path):
@@ -802,9 +926,10 @@ def same_models(plan: Plan) -> list[str]:
 def status(plan: Plan) -> str:
     """How many runs are in which state; a line per arm, with the loss of each seed or how far it is; and what
     the runs that failed said last."""
-    busy = bool(lock_holder(plan.out / plan.name))
+    tasks = slurm.queued(plan.out / plan.name)
+    busy = bool(lock_holder(plan.out / plan.name)) and not tasks
     headline, arms = plan.headline(), plan.compared()
-    states = {job: job.state(busy) for job in [*plan.preliminary(), *headline]}
+    states = {job: job.state(busy, tasks.get(job.out)) for job in [*plan.preliminary(), *headline]}
     groups = {'sweep': (plan.preliminary(), len(plan.preliminary()))}
     if plan.search:
         groups = {}
@@ -815,7 +940,7 @@ def status(plan: Plan) -> str:
     lines = [f'{plan.tree} on {plan.dataset}, in {_short(plan.out / plan.tree)}']
     for what, (jobs, of) in groups.items():
         found = [states[job] for job in jobs]
-        told = [f'{found.count(s)} {s}' for s in ('running', 'failed', 'stopped') if s in found]
+        told = [f'{found.count(s)} {s}' for s in ('running', 'queued', 'failed', 'stopped') if s in found]
         waiting = of - sum(state != 'waiting' for state in found)
         told += [f'{waiting} waiting'] if waiting else []
         if of:
@@ -837,11 +962,16 @@ def status(plan: Plan) -> str:
                 cell = '·'
             else:
                 share = f'{job.step() / max(1, job.knobs.max_iters):.0%}'
-                cell = {'running': f'at {share}', 'failed': 'failed', 'stopped': f'({share})'}[states[job]]
+                cell = {'running': f'at {share}', 'failed': 'failed'}.get(states[job], f'({share})')
             line += f'{cell:>10}'
         lines.append(line)
     if arms:
-        lines.append('a number is a validation loss; at 40%: running; (40%): stopped there; ·: waiting')
+        there = 'stopped or queued there' if tasks else 'stopped there'
+        lines.append(f'a number is a validation loss; at 40%: running; (40%): {there}; ·: waiting')
+    reasons = [tasks[job.out].reason for job, state in states.items() if state == 'queued']
+    if reasons:
+        told = [f'{reasons.count(reason)} {reason}' for reason in dict.fromkeys(reasons)]
+        lines.append(f'why tasks are queued, as Slurm says it: {", ".join(told)}')
     lines += [
         f'{job} failed: {job.last_words()} ({_short(job.out / LOG)})'
         for job, state in states.items()
@@ -932,18 +1062,36 @@ def main(argv: list[str]) -> int:
         refuse_other_settings(plan, fingerprint)
         for line in same_models(plan):
             say(f'caution: {line}')
-        runner = Runner(k.jobs, k.minutes, k.keep_checkpoints, ['--threads=1'] if k.jobs > 1 else [])
+        runner = make_runner(k, plan.out / plan.name)
         with stopping(runner):
             run_all(plan, runner, fingerprint)
         write_readme(plan, command)
     say(status(plan))
-    if runner.stopped:
+    if runner.stopped and k.launcher == 'slurm':
+        say(
+            f'stopped ({runner.stopped}); tasks stay in the queue (scancel --name={plan.name} ends them); '
+            'the same command goes on with them'
+        )
+    elif runner.stopped:
         say(f'stopped ({runner.stopped}); the same command goes on')
     elif runner.ended_badly:
         say(f'not done: {", ".join(map(str, runner.ended_badly))}; the same command tries again')
     else:
         say(f'done; now: {plan.compare_command()}')
     return 130 if runner.stopped.startswith('SIG') else 1 if runner.ended_badly else 0
+
+
+def make_runner(k: Knobs, study: Path) -> Runner:
+    """What brings the jobs of a study to their end: here, or as tasks of a cluster."""
+    if k.launcher == 'slurm':
+        return SlurmRunner(k.jobs or 0, k.minutes, k.keep_checkpoints, study, k.resources())
+    alive = [task for task in slurm.queued(study).values() if task.alive]
+    if alive:
+        raise ConfigError(
+            f'{len(alive)} runs of this study are tasks of Slurm ({alive[0].id}, …): give --launcher=slurm, '
+            f'or end them with scancel --name={study.name}'
+        )
+    return Runner(k.jobs or 1, k.minutes, k.keep_checkpoints)
 
 
 @contextlib.contextmanager

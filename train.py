@@ -2,7 +2,7 @@
 
     python train.py config/reflex_422.py                                           # one process
     python train.py config/reflex_422.py config/sizes/size_cpu.py --max_iters=100  # in order; flags win
-    torchrun --standalone --nproc_per_node=2 train.py config/reflex_422.py         # several ranks, one host
+    torchrun --standalone --nproc_per_node=2 train.py config/reflex_422.py         # or more, --shard=true
     python train.py config/recipes/finetune_shakespeare.py --init_from=gpt2-medium # from GPT-2-shaped weights
     python train.py config/hierarchy.py                                            # another model
     python train.py --out_dir=out/reflex_422 --init_from=resume                    # after any interruption
@@ -27,10 +27,11 @@ if __name__ == '__main__':
 
 import torch.distributed as dist
 
-from runs import checkpoint, metrics, pretrained
+from runs import metrics, pretrained
 from runs.console import Progress, say
 from runs.diagnostics import SpikeWatch, stand_out
 from runs.files import FileError
+from runs.fsdp import check_sharding, placed
 from runs.models import build, refuse_too_large
 from runs.optimizer import make_optimizer
 from runs.ranks import (
@@ -43,7 +44,7 @@ from runs.ranks import (
     refuse_unlike_ranks,
     run_rank,
 )
-from runs.resume import Keeper, restore
+from runs.resume import Keeper, make_saver, restore
 from runs.schedule import doubts, learning_rate_at
 from runs.start import claimed, open_all, read_knobs
 from runs.step import TrainingStep, accuracies, evaluate, share_of
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
     group = ranks()
     device, dtype = set_up(k, group.local_rank)
     share_of(k, group)
+    check_sharding(k, group, device, dtype)
     for doubt in doubts(k):
         say(f'warning: {doubt}')
     stop = StopRequest(group.torchrun, give_up_seconds=k.dist_timeout)
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
         # 2. Open the data, and the checkpoint or the weights that the run begins with.
         with main_rank_first(group, k, device):
             k, data, config, state, source = open_all(k, given, resume, group)
-            refuse_too_large(k, config, device)
+            refuse_too_large(k, config, group, device, dtype)
         if group.ddp:
             refuse_unlike_ranks(k, data, state, device)
         return train(k, argv, group, stop, config, data, state, source, device, dtype)
@@ -78,9 +80,10 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
     state: of the checkpoint to go on from, or None; source: pretrained weights to begin with, or None.
     """
     # 3. Build the model and the optimizer.
-    model = build(k, config).to(device)
+    model = build(k, config)
     if source is not None:
         say(pretrained.begin_with(model, source, data))
+    model = placed(model, k, group, device, dtype)
     optimizer = make_optimizer(model, k, device.split(':')[0])
     step = TrainingStep(k, group, model, optimizer, data.splits['train'], device, dtype)
     it, evaluated, best_val_loss, seconds, events = 0, False, math.inf, 0.0, []
@@ -93,7 +96,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
     run = metrics.describe_run(k, argv, model, data, device, dtype, group.world)
     record = metrics.Record(group.main and not k.eval_only, k, run, it if resumed else None, events)
     speed = metrics.Speed(run, device, it, seconds)
-    saver = checkpoint.Saver(k.out_dir, before=record.sync)
+    saver = make_saver(k, before=record.sync)
     keeper = Keeper(step, data, saver, last=it if resumed else None)
     say(metrics.headline(run, model, it if resumed else None, done=evaluated and it >= k.max_iters))
 

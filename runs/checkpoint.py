@@ -8,6 +8,7 @@ CRC-32, which `load` checks first.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import zipfile
 from pathlib import Path
@@ -59,6 +60,22 @@ def save(state: dict, out_dir: str | Path, best: bool = False):
         if not last.parent.is_dir():
             fix = 'if it was moved, go on where it is now with --init_from=resume'
         raise CheckpointError(f'{files.write_failed(last, e)}; {fix}') from e
+    remove_unnamed_parts(last.parent)
+
+
+def remove_unnamed_parts(out_dir: Path):
+    """Delete the parts (shards.py) that no checkpoint of a run names any more."""
+    parts = out_dir / files.SHARDS
+    if not parts.is_dir():
+        return
+    named = set()
+    for path in (out_dir / name for name in (LAST, PREVIOUS, BEST)):
+        if path.exists():
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            named.add(state.get('shards', {}).get('folder'))
+    for folder in parts.iterdir():
+        if folder.name not in named:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Saver:
@@ -124,10 +141,11 @@ class Saver:
         return copied
 
 
-def load(path: str | Path, resume: bool = False) -> dict:
+def load(path: str | Path, resume: bool = False, whole: bool = True) -> dict:
     """Read and verify one checkpoint file, onto the CPU. CheckpointError says what is wrong in one line.
 
-    resume: whether a training is to go on from it, which takes more than the weights.
+    resume: whether a training is to go on from it, which takes more than the weights. whole: false leaves
+    tensors without numbers where each rank wrote its part, for shards.fill to read them.
     """
     path = Path(path)
     try:
@@ -162,20 +180,30 @@ def load(path: str | Path, resume: bool = False) -> dict:
             )
     if state['iter'] < 0:
         raise CheckpointError(f'{path} is not a checkpoint of this project: its iter is {state["iter"]}')
+    if 'shards' in state:
+        from runs import shards  # imports much that others do without
+
+        shards.check_index(path, state['shards'])
+        shards.verify(path, state['shards'])
+        if whole:
+            state = shards.fill(state, path)
+            del state['shards']
     return state
 
 
-def load_folder(out_dir: str | Path, which: str = LAST, resume: bool = False) -> dict:
+def load_folder(out_dir: str | Path, which: str = LAST, resume: bool = False, whole: bool = True) -> dict:
     """The named checkpoint of a run; the error names the other files of the folder that are whole."""
     out_dir = Path(out_dir)
     try:
-        return load(out_dir / which, resume)
+        return load(out_dir / which, resume, whole)
     except CheckpointError as e:
         whole = {}
         for other in (LAST, PREVIOUS, BEST):
             if other != which and (out_dir / other).exists():
                 try:
-                    whole[other] = f'{out_dir / other} (iteration {load(out_dir / other, resume)["iter"]})'
+                    whole[other] = (
+                        f'{out_dir / other} (iteration {load(out_dir / other, resume, whole=False)["iter"]})'
+                    )
                 except CheckpointError:
                     continue
         if not whole:

@@ -50,7 +50,12 @@ FACTORS = {'loss': 1.1, 'grad_norm': 10.0}
 
 def finite(model) -> bool:
     """Whether no weight of the model is inf or nan."""
-    return bool(torch.nn.utils.get_total_norm(list(model.parameters())).isfinite())
+    return bool(whole(torch.nn.utils.get_total_norm(list(model.parameters()))).isfinite())
+
+
+def whole(x):
+    """A tensor that ranks have parts of, put together on each of them; any other one as it is."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
 
 
 def stand_out(watches: dict[str, SpikeWatch], **values: float) -> list[tuple[str, float, float]]:
@@ -68,7 +73,8 @@ def blame(model, micro_batches, autocast, rank: int = 0, world: int = 1) -> str:
 
     def look(place, *tensors):
         places.append(place)
-        bad.append(not all(torch.isfinite(t).all() for t in tensors if torch.is_tensor(t)))
+        parts = [t.to_local() if hasattr(t, 'to_local') else t for t in tensors if torch.is_tensor(t)]
+        bad.append(not all(torch.isfinite(part).all() for part in parts))
 
     for name, p in model.named_parameters():
         look(f'weight {name}', p)

@@ -13,6 +13,7 @@ from pathlib import Path
 from configurator import UserError
 
 LOCK = '.lock'  # in the folder of a run
+SHARDS = 'shards'  # in the folder of a run whose ranks write a part of each checkpoint: those parts
 
 
 class FileError(UserError):
@@ -87,6 +88,11 @@ def remove_stale(folder: str | Path):
     """Delete what a killed write left behind; call it only while holding the folder's lock."""
     for path in Path(folder).glob('*.tmp-*'):
         path.unlink(missing_ok=True)
+
+
+def remove_shards(folder: Path):
+    """Delete the parts of all checkpoints of the run in a folder."""
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
 
 
 def link(source: Path, target: Path):

@@ -84,6 +84,9 @@ class TrainingKnobs:
 class Knobs(TrainingKnobs, HierarchyShape):
     # model: the fields of shape.py, which come first in this class
     model: str = 'gpt'  # gpt | hierarchy (groups of tokens become latents, whose stack the model knobs shape)
+    # memory
+    shard: bool = False  # each rank keeps a part of weights, gradients and optimizer state (FSDP2); slower
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, slower
 
     def __post_init__(self):
         try:

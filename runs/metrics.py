@@ -294,6 +294,8 @@ class Record:
             out_dir = Path(k.out_dir)
             for name in RUN_FILES if resume_iter is None else ():
                 (out_dir / name).unlink(missing_ok=True)
+            if resume_iter is None:
+                files.remove_shards(out_dir)
             files.remove_stale(out_dir)
             run_id = None if resume_iter is None else wandb_id(out_dir)
             self.metrics = Metrics(out_dir, run, resume_iter)
@@ -318,7 +320,8 @@ class Record:
             self.metrics.log(values)
 
     def sync(self):
-        self.metrics.sync()
+        if self.on:
+            self.metrics.sync()
 
     def end(self, status: str, it: int, seconds: float, best_val_loss: float, device: str):
         """Close the record. Called in a `finally`: an exception that is being raised is recorded too."""

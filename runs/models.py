@@ -13,7 +13,9 @@ from model import GPT, GPTConfig, LanguageModel
 from runs.checkpoint import BEST, LAST, CheckpointError, load, load_folder
 from runs.diagnostics import finite
 from runs.knobs import Knobs, check_paths
+from runs.memory import refuse_what_cannot_fit
 from runs.parts import load_parts
+from runs.ranks import Ranks
 from runs.system import total_memory
 
 MODELS: dict[str, type[LanguageModel]] = {
@@ -28,13 +30,15 @@ def build(k: Knobs, config: GPTConfig) -> LanguageModel:
     return MODELS[k.model](config, seed=k.seed)
 
 
-def refuse_too_large(k: Knobs, config: GPTConfig, device: str):
+def refuse_too_large(k: Knobs, config: GPTConfig, group: Ranks, device: str, dtype: str):
     """Refuse a model or a batch that the memory of the device cannot hold, whatever else it held.
 
-    Counted is what cannot be less: the weights, in training their gradients and one moment of the optimizer
-    too, in fp32; the token ids of a batch, its targets, and one number for each of its tokens.
+    First by what cannot be less, since it must not fill the memory to find out: the weights, in training
+    their gradients and one moment of the optimizer too, in fp32; the token ids of a batch, its targets, and
+    one number for each of its tokens. Then, near the limit, by all that a step takes (memory.py).
     """
     memory, per_weight, per_token = total_memory(device), 4 if k.eval_only else 12, 20
+    per_weight /= group.world if k.shard else 1
     if memory is None:
         return
     params = (k.n_layer * k.n_embd + config.vocab_size) * k.n_embd  # of any model, without building it
@@ -53,6 +57,8 @@ def refuse_too_large(k: Knobs, config: GPTConfig, device: str):
                 f'{what} take at least {n_bytes / 2**30:,.0f} GiB, but {device} has '
                 f'{memory / 2**30:,.0f} GiB of memory: make them smaller'
             )
+    if not k.eval_only:
+        refuse_what_cannot_fit(k, MODELS[k.model], config, group, device, dtype)
 
 
 def kind_of(state: dict) -> str:

@@ -62,6 +62,9 @@ class Muon(torch.optim.Optimizer):
     Updates have the root mean square of AdamW's, 0.2 (Liu et al., 2025), so that learning rates compare.
     torch.optim.Muon computes the same in bf16: 14 times as long on a CPU without it (docs/speed.md).
 
+    A matrix that ranks have parts of (fsdp.py) is put together on each of them: orthogonal rows of a part are
+    not those of the whole.
+
     sizes: for each parameter None, or the row counts of the matrices that it consists of: each of those is
     orthogonalised by itself. As one matrix, how much of the update queries and keys get would depend on how
     many rows the values have, which a head plan changes.
@@ -94,8 +97,20 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(buffer, momentum)
                 p.mul_(1 - lr * group['weight_decay'])
                 rows = [p.size(0)] if sizes is None else sizes
+                if hasattr(p, 'placements'):  # ranks have parts of it; its direction is that of all of it
+                    whole = update.full_tensor().split(rows)
+                    steps = [orthogonal(own) * (-0.2 * lr * math.sqrt(max(own.shape))) for own in whole]
+                    p.add_(own_part(torch.cat(steps), p))
+                    continue
                 for part, own in zip(p.split(rows), update.split(rows), strict=True):
                     part.add_(orthogonal(own), alpha=-0.2 * lr * math.sqrt(max(part.shape)))
+
+
+def own_part(whole, like):
+    """What this rank has of a tensor that is whole on every rank, shared out as `like` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 QUINTIC = 3.4445, -4.775, 2.0315  # x -> 3.4445 x - 4.775 x^3 + 2.0315 x^5 (Jordan et al., 2024)

@@ -41,6 +41,7 @@ class Ranks(NamedTuple):
     world: int = 1
     ddp: bool = False  # whether torchrun started it, be it alone
     torchrun: int = 0  # the process id of torchrun, or 0
+    on_host: int = 1  # how many are on this host
 
     @property
     def main(self) -> bool:
@@ -51,7 +52,8 @@ def ranks() -> Ranks:
     if 'RANK' not in os.environ:
         return Ranks()
     rank, local_rank, world = (int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
-    return Ranks(rank, local_rank, world, ddp=True, torchrun=os.getppid())
+    on_host = int(os.environ.get('LOCAL_WORLD_SIZE', world))
+    return Ranks(rank, local_rank, world, ddp=True, torchrun=os.getppid(), on_host=on_host)
 
 
 @contextlib.contextmanager
@@ -87,6 +89,13 @@ def refuse_unlike_ranks(k: Knobs, data, state: dict | None, device: str):
             'the ranks do not start alike: every host needs the same code, knobs and data set, and to resume '
             f'the same {Path(k.out_dir) / LAST} (a shared folder, or a copy)'
         )
+
+
+def any_rank(flag: bool, device: str) -> bool:
+    """Whether the flag is set on one of the ranks; all of them ask at the same time."""
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
 
 
 class StopRequest:

@@ -29,7 +29,7 @@ PACK = '.jsonl'  # NAME.jsonl holds the runs of the folder NAME
 SESSION = set(
     'out_dir overwrite init_from seed eval_only log_interval sample_tokens sample_start checkpoint_interval '
     'checkpoint_minutes wandb_log wandb_project wandb_run_name wandb_group device compile threads backend '
-    'dist_timeout'.split()
+    'dist_timeout shard activation_checkpointing'.split()
 )
 
 

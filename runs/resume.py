@@ -42,6 +42,15 @@ def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, wa
     }
 
 
+def make_saver(k: Knobs, before) -> Saver:
+    """What writes the checkpoints of a run. before: see Saver."""
+    if not k.shard:
+        return Saver(k.out_dir, before)
+    from runs.shards import ShardSaver
+
+    return ShardSaver(k.out_dir, k.dist_timeout, before)
+
+
 class Keeper:
     """Saves a training when a save is due, and only if it is sound: the weights are finite, and the token
     files are still those that the run began with."""
@@ -69,7 +78,7 @@ class Keeper:
         if not finite(self.step.model):
             what = 'the last update made weights inf or nan; they were not saved'
             raise TrainingError(f'iteration {it}: {what}. {self.go_back()}')
-        if self.step.group.main:
+        if self.step.group.main or self.step.sharded:
             self.saver.save(
                 snapshot(self.step, self.data, it, evaluated, best_val_loss, seconds, watches), best
             )
@@ -98,9 +107,14 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
     where it does not fit the model.
     """
     k, path = step.k, Path(step.k.out_dir) / LAST
-    load_weights(step.model, state['model'], path)
+    found = state
+    if step.sharded:
+        from runs.fsdp import own_parts
+
+        found = own_parts(step, state, path)
+    load_weights(step.model, found['model'], path)
     try:
-        load_state(step.optimizer, state['optimizer'])
+        load_state(step.optimizer, found['optimizer'])
         if state['scaler']:  # the run may have come from a device that needs none
             step.scaler.load_state_dict(state['scaler'])
         for name in watches:
@@ -123,6 +137,7 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
             'the two do not compare, so best.pt and the best loss start anew'
         )
     state.clear()
+    found.clear()
     return it, evaluated, best_val_loss, seconds, events
 
 

@@ -102,7 +102,7 @@ def open_all(k: Knobs, given: dict, resume: bool, group: Ranks) -> tuple:
     """
     state, source = None, None
     if resume:
-        state = checkpoint.load_folder(k.out_dir, resume=True)
+        state = checkpoint.load_folder(k.out_dir, resume=True, whole=not k.shard)
     elif k.init_from not in STARTS:
         source = pretrained.read(k.init_from)
         k = pretrained_knobs(k, given, source.config)

@@ -16,9 +16,9 @@ from configurator import ConfigError
 from data.tokendata import Examples, eval_batch, eval_windows, get_batch
 from model import LanguageModel
 from runs.console import say
-from runs.diagnostics import blame
+from runs.diagnostics import blame, whole
 from runs.knobs import Knobs
-from runs.ranks import Ranks
+from runs.ranks import Ranks, any_rank
 from runs.system import autocast_for
 
 
@@ -80,16 +80,20 @@ class TrainingStep:
         self.divisor = len(self.micros) * k.batch_size / (sequences * parts)
         self.compiled = compiled(model, k, device)
         self.trained = self.compiled
-        if group.ddp:
+        self.sharded = hasattr(model, 'reshard')  # see fsdp.py
+        self.replicated = group.ddp and not self.sharded
+        if self.replicated:
             ids = [torch.device(device).index] if self.device_type == 'cuda' else None
-            self.trained = DistributedDataParallel(self.compiled, device_ids=ids)
+            self.trained = DistributedDataParallel(
+                self.compiled, device_ids=ids, gradient_as_bucket_view=True
+            )
         self.inputs = None  # of the next micro-batch, fetched while the device computes
         self.grad_norm: torch.Tensor | None = None
 
     def begin(self, it: int):
         """Called once, before the first step, which is number `it`."""
         self.inputs = self.fetch(it, 0)
-        if self.group.ddp:
+        if self.replicated:
             # DDP orders its buckets by the first backward pass. Here that is one whose gradients are dropped,
             # so that a resumed run adds the ranks' gradients up in the same order from its first step on.
             with self.autocast():
@@ -122,7 +126,7 @@ class TrainingStep:
         loss_sum = torch.zeros((), device=self.device)
         last = len(self.micros) - 1
         for j in range(len(self.micros)):
-            if self.group.ddp:  # ranks add their gradients once per step
+            if self.replicated:  # ranks add their gradients once per step
                 self.trained.require_backward_grad_sync = j == last
             if self.k.dropout:
                 torch.manual_seed(self.dropout_seed(it, j))
@@ -136,7 +140,7 @@ class TrainingStep:
         self.scaler.unscale_(self.optimizer)
         # frozen weights have no gradient
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
         report = torch.stack([loss_sum / self.divisor, torch.full_like(loss_sum, stopping)])
         if self.group.ddp:
             dist.all_reduce(report)
@@ -166,25 +170,38 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def mean_loss(model, tokens, windows, batch_size, block_size, device, autocast, group: Ranks, stop=None):
+def turns(n_batches: int, group: Ranks, in_step: bool) -> range:
+    """The batches of this rank among n_batches. in_step: as many on every rank, since all of them must
+    compute at the same time; those from n_batches on do not count."""
+    end = -(-n_batches // group.world) * group.world if in_step else n_batches
+    return range(group.rank, end, group.world)
+
+
+def mean_loss(
+    model, tokens, windows, batch_size, block_size, device, autocast, group: Ranks, stop=None, in_step=False
+):
     """Mean loss over windows of one split, in nats per token; None if any rank is to stop before the end.
 
     windows: (starts, skip) of eval_windows. The ranks share the batches. Each batch's sum of losses has a
     place of its own in a vector before the ranks add theirs, so that the result does not depend on how many
-    ranks there are. stop: a StopRequest, or None.
+    ranks there are. stop: a StopRequest, or None; in_step: whether the ranks share the model out.
     """
     starts, skip = windows
     n_batches = -(-len(starts) // batch_size)
     sums = torch.zeros(n_batches + 1, dtype=torch.float32, device=device)  # the last one: ranks that stop
     counts = torch.zeros(n_batches, dtype=torch.float32, device=device)
-    for i in range(group.rank, n_batches, group.world):
-        if stop is not None and stop.reason:
+    for i in turns(n_batches, group, in_step):
+        stopping = stop is not None and bool(stop.reason)
+        if any_rank(stopping, device) if in_step else stopping:
             sums[-1] = 1
             break
-        x, y = (torch.from_numpy(a) for a in eval_batch(tokens, starts, skip, i, batch_size, block_size))
-        counts[i] = (y != -1).sum()
+        at = i % n_batches
+        x, y = (torch.from_numpy(a) for a in eval_batch(tokens, starts, skip, at, batch_size, block_size))
         with torch.no_grad(), autocast():
-            sums[i] = model(x.to(device), y.to(device))[1] * counts[i]
+            loss = model(x.to(device), y.to(device))[1]
+        if i < n_batches:
+            counts[i] = (y != -1).sum()
+            sums[i] = loss * counts[i]
     if group.world > 1:
         dist.all_reduce(sums)
         dist.all_reduce(counts)
@@ -212,10 +229,13 @@ def evaluate(step: TrainingStep, splits: dict, stop) -> dict[str, float] | None:
             step.autocast,
             step.group,
             stop,
+            step.sharded,
         )
         if losses[split] is None:
             break
     step.compiled.train()
+    if step.sharded:
+        step.model.reshard()  # what the evaluation gathered last is held until the next step
     return None if None in losses.values() else losses
 
 
@@ -232,12 +252,17 @@ def accuracies(step: TrainingStep, tokens) -> dict[str, float]:
     used = step.model.config.vocab_used or None  # the ids beyond are padding
     right = torch.zeros(k.block_size, dtype=torch.int64, device=step.device)  # by place in an example
     model.eval()
-    for i in range(step.group.rank, -(-len(starts) // k.batch_size), step.group.world):
-        x, y = (torch.from_numpy(a) for a in eval_batch(tokens, starts, skip, i, k.batch_size, k.block_size))
+    n_batches = -(-len(starts) // k.batch_size)
+    for i in turns(n_batches, step.group, step.sharded):
+        at = i % n_batches
+        x, y = (torch.from_numpy(a) for a in eval_batch(tokens, starts, skip, at, k.batch_size, k.block_size))
         with torch.no_grad(), step.autocast():
             logits, _ = model(x.to(step.device))  # (B, T, vocab_size)
-        right += (logits[..., :used].argmax(-1) == y.to(step.device)).sum(0)
+        if i < n_batches:
+            right += (logits[..., :used].argmax(-1) == y.to(step.device)).sum(0)
     model.train()
+    if step.sharded:
+        step.model.reshard()
     if step.group.ddp:
         dist.all_reduce(right)
     by_place = right.double().cpu() / len(starts)

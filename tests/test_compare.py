@@ -216,7 +216,7 @@ def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     make_run(tree / 'short/seed0', 4.4, 0, last=50, max_iters=50, attention='short')
     device = {**RUN['device'], 'name': 'a faster processor', 'ranks': 2}
     other = {'device': device, 'threads': 2, 'commit': 'fedcba98765432'}
-    make_run(tree / 'moved/seed0', 4.1, 0, run=other, attention='moved')
+    make_run(tree / 'moved/seed0', 4.1, 0, run=other, attention='moved', shard=True)
     make_run(tree / 'mixed/seed0', 4.1, 0, attention='mixed')
     make_run(tree / 'mixed/seed1', 4.1, 1, attention='mixed', dropout=0.1)
     text, _ = report(tree)
@@ -226,6 +226,7 @@ def test_unequal_steps_seeds_and_machines_are_marked(tree, tmp_path):
     assert 'moved ran with threads 2' in text
     assert 'moved ran with commit fedcba9876, vanilla with 0123456789 (seeds 0): comparable only if' in text
     assert 'moved ran with ranks 2' in text
+    assert 'moved ran with shard True, vanilla with False (seeds 0): their speeds cannot' in text
     assert 'mixed: its runs differ in more than the seed (seeds 0 and 1: dropout 0.0 and 0.1)' in text
     assert 'not tested' in text, 'one seed is no test'
     assert 'too few for a headline: mixed (2), moved (1), short (1)' in text

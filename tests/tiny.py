@@ -160,7 +160,10 @@ def assert_same_run(one, other, names=(checkpoint.LAST, checkpoint.BEST)):
 
 os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])  # where that one finds `runs`
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['runs', 'torch._dynamo'])  # the optimizer's first step imports the latter
+# The optimizer's first step imports the second of them, a model that ranks share out the others
+FORKS.set_forkserver_preload(
+    ['runs', 'torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.checkpoint']
+)
 
 
 def _program(argv, log, environment, fault):
