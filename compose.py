@@ -57,7 +57,7 @@ from data.tokendata import open_data
 from model import GPT, GPTConfig
 from runs import checkpoint, metrics
 from runs.console import Progress, say
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import data_folder, prepare_own
 from runs.files import FileError
 from runs.models import load_model
 from runs.optimizer import make_optimizer
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> int:
             k = replace(k, block_size=size, train=','.join(names) or 'all')
             tokenizer = base.state['tokenizer']
         folder = data_folder(k.dataset)
-        prepare_stdlib(folder)
+        prepare_own(folder)
         data = open_data(folder, k.block_size, k.vocab_size or None)
         if why := other_tokens(data.tokenizer_spec, tokenizer):
             raise ConfigError(f'{folder} has {why} the parts: prepare it with theirs')

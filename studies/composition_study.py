@@ -54,14 +54,18 @@ KINDS = {  # the parts with experts, the part that is held out, and how data/clu
     ),
     'cluster': (['0', '1', '2', '3'], '4', ['--clusters=5', '--held_out=4']),
 }
+T, BATCH, WIDTH = 128, 16, 64  # tokens of a sequence, sequences of a batch, n_embd
+WIDE = (
+    184  # n_embd of the dense model with as many parameters as four experts, their base and what joins them
+)
+SIZE = [f'--block_size={T}', '--n_layer=4', '--n_head=4']
 SHARED = [
-    *('config/size_cpu.py', '--device=cpu', '--compile=false', '--threads=1', '--batch_size=4'),
-    *('--optimizer=muon', '--eval_iters=16', '--warmup_iters=15', '--log_interval=20'),
+    *('--device=cpu', '--compile=false', '--threads=1', f'--batch_size={BATCH}', '--optimizer=muon'),
+    *('--eval_iters=8', '--warmup_iters=10', '--log_interval=10'),
 ]
-STEPS = {'seed': 250, 'expert': 250, 'together': 160, 'apart': 100, 'grown': 100}
-RATE, BRANCH, JOIN = 0.01, 0.005, 0.01  # of a model from scratch, of one that branches off, of what joins
-WIDE = 320  # n_embd of the dense model with as many parameters as four experts and their base
-WINDOWS = 64  # of each part's validation text
+STEPS = {'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30}
+RATE, BRANCH, JOIN = 0.02, 0.01, 0.02  # of a model from scratch, of one that branches off, of what joins
+WINDOWS = 128  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
 
@@ -122,8 +126,8 @@ class Study:
     def train(self, out: Path, part: str, seed: int, steps: int, *arguments: str):
         """train.py on a part, unless it is done."""
         given = [f'--dataset={self.data}/{part}', f'--seed={seed}', f'--max_iters={steps}']
-        given += [f'--eval_interval={steps}', f'--out_dir={out}', '--init_from=auto']
-        run(out, 'train.py', 'config/vanilla.py', *SHARED, *given, *arguments)
+        given += [f'--eval_interval={steps}', f'--n_embd={WIDTH}', f'--out_dir={out}', '--init_from=auto']
+        run(out, 'train.py', 'config/vanilla.py', *SIZE, *SHARED, *given, *arguments)
 
     def branch(self, out: Path, part: str, seed: int):
         """An expert: the seed model, trained on its part."""
@@ -134,11 +138,38 @@ class Study:
 
     def compose(self, out: Path, experts: list, part: str, seed: int, steps: int, *arguments: str):
         """compose.py, unless it is done."""
-        shared = [word for word in SHARED if not word.endswith('.py')]
         given = [f'--experts={",".join(map(str, experts))}', f'--dataset={self.data}/{part}']
         given += [f'--seed={seed}', f'--max_iters={steps}', f'--eval_interval={max(1, steps)}']
         given += [f'--learning_rate={JOIN}', f'--out_dir={out}', '--init_from=auto', *arguments]
-        run(out, 'compose.py', *shared, *given)
+        run(out, 'compose.py', *SHARED, *given)
+
+    def sweep(self):
+        """Try learning rates on a seed of their own, each kind of run with the best of the one before."""
+        seed, place, losses = 1000, self.arms.with_name(f'composition-{self.name}-lr'), {}
+
+        def tried(kind: str, rates, start, *arguments):
+            for rate in rates:
+                out = place / f'{kind}-{rate}'
+                start(out, *arguments, f'--learning_rate={rate}')
+                losses[kind, rate] = read_run(out)['best_val_loss']
+                say(f'{kind} {rate}: {losses[kind, rate]:.4f}')
+            return place / f'{kind}-{min(rates, key=lambda rate: losses[kind, rate])}'
+
+        def train(out, part, steps, *arguments):
+            self.train(out, part, seed, steps, *arguments)
+
+        base = tried('seed', (0.01, 0.02, 0.04), train, 'seen', STEPS['seed'])
+        tried('dense', (0.01, 0.02, 0.04), train, 'seen', 4 * STEPS['seed'])
+        tried('wide', (0.005, 0.01, 0.02), train, 'seen', STEPS['seed'], f'--n_embd={WIDE}')
+        branches = [
+            tried(f'expert-{p}', (0.005, 0.01, 0.02), train, p, STEPS['expert'], f'--init_from={base}')
+            for p in self.experts[:2]
+        ]
+
+        def join(out, *arguments):
+            self.compose(out, branches, 'seen', seed, STEPS['together'], f'--base={base}', *arguments)
+
+        tried('joint', (0.005, 0.01, 0.02, 0.04), join)
 
     def run_seed(self, seed: int):
         """Everything of one seed, what others need first."""
@@ -149,8 +180,8 @@ class Study:
         named = [f'{part}={self.expert(part, seed)}' for part in self.experts]
         self.compose(self.folder('together', seed), named, 'seen', seed, STEPS['together'], base)
         flops = self.training_flops('together', seed)
-        for arm, width in (('dense', 128), ('wide', WIDE)):
-            steps = round(flops / (1024 * dense_flops(width)))
+        for arm, width in (('dense', WIDTH), ('wide', WIDE)):
+            steps = round(flops / (BATCH * T * dense_flops(width)))
             out = self.folder(arm, seed)
             self.train(out, 'seen', seed, steps, f'--learning_rate={RATE}', f'--n_embd={width}')
         alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
@@ -272,12 +303,12 @@ class Study:
         losses, flops, seconds, tokens = {}, 0, 0.0, 0
         for part in [*self.experts, self.unseen]:
             split = open_data(ROOT / 'data' / self.data / part).splits['val']
-            starts = eval_starts(len(split), 256, WINDOWS)
+            starts = eval_starts(len(split), T, WINDOWS)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             losses[part] = loss_on(model, split, starts, 8)
             seconds += resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
-            tokens += 256 * len(starts[0])
-            x, y = (torch.from_numpy(a) for a in eval_batch(split, *starts, 0, 8, 256))
+            tokens += T * len(starts[0])
+            x, y = (torch.from_numpy(a) for a in eval_batch(split, *starts, 0, 8, T))
             # of attention, torch counts products that are not fused
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(x, y)
@@ -293,7 +324,7 @@ def loss_on(model, tokens, starts, batch_size: int) -> float:
     def autocast():
         return autocast_for('cpu', DTYPE)
 
-    return mean_loss(model.eval(), tokens, starts, batch_size, 256, 'cpu', autocast, Ranks())
+    return mean_loss(model.eval(), tokens, starts, batch_size, T, 'cpu', autocast, Ranks())
 
 
 def read_run(folder: Path) -> dict:
@@ -307,9 +338,10 @@ def flops_of(run: dict) -> float:
 
 
 def dense_flops(width: int) -> float:
-    """Training FLOPs per token of a dense model of config/size_cpu.py with another width."""
+    """Training FLOPs per token of a dense model of another width."""
+    config = GPTConfig(block_size=T, n_layer=4, n_head=4, n_embd=width, vocab_size=4096)
     with torch.device('meta'):
-        return GPT(GPTConfig(block_size=256, n_embd=width, vocab_size=4096), seed=0).flops_per_token()
+        return GPT(config, seed=0).flops_per_token()
 
 
 def run(out: Path, program: str, *arguments: str):
@@ -349,6 +381,7 @@ def main() -> int:
     parser.add_argument('name', choices=KINDS)
     parser.add_argument('--files', nargs='+', default=[], help='source: the rows that the data was made from')
     parser.add_argument('--seeds', default='0,1,2', help='0,1,2')
+    parser.add_argument('--rates', action='store_true', help='try learning rates, on seed 1000')
     parser.add_argument('--table', action='store_true', help='print the table of what is done')
     args = parser.parse_args()
     study = Study(args.name)
@@ -360,6 +393,9 @@ def main() -> int:
         cut += ['--files', *args.files] if args.files else []
         subprocess.run([sys.executable, 'data/cluster.py', *cut], cwd=ROOT, check=True)
     torch.set_num_threads(1)
+    if args.rates:
+        study.sweep()
+        return 0
     for seed in map(int, args.seeds.split(',')):
         study.run_seed(seed)
     return 0
