@@ -190,6 +190,11 @@ def names_to_train(k: Knobs, experts: dict[str, Part]) -> list[str]:
             )
     if k.max_iters and not names:
         raise ConfigError('all experts are joined already: give --train=all, or --max_iters=0')
+    if k.max_iters and k.threshold >= 0.5 and any(experts[name].joint is None for name in names):
+        raise ConfigError(
+            f'threshold={k.threshold:g}: gates are 0.5 before training, so that nothing would be read and '
+            'nothing learned: train without, and set it afterwards with --max_iters=0'
+        )
     return names
 
 

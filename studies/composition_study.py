@@ -7,8 +7,8 @@ same training FLOPs.
 
 For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
 branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
-one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. Runs are made
-in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the same
+one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. The programs
+make the runs, in out/experiments/composition-NAME, as a person would make them. Stop it at any time: the same
 command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
 """
 
@@ -40,7 +40,7 @@ from runs.files import write_text
 from runs.knobs import Knobs, saved_knobs
 from runs.models import load_model
 from runs.ranks import Ranks
-from runs.records import RUN
+from runs.records import RUN, read_jsonl
 from runs.step import mean_loss
 from runs.system import autocast_for, pick_dtype
 
@@ -151,7 +151,7 @@ class Study:
             for rate in rates:
                 out = place / f'{kind}-{rate}'
                 start(out, *arguments, f'--learning_rate={rate}')
-                losses[kind, rate] = read_run(out)['best_val_loss']
+                losses[kind, rate] = final_loss(out)
                 say(f'{kind} {rate}: {losses[kind, rate]:.4f}')
             return place / f'{kind}-{min(rates, key=lambda rate: losses[kind, rate])}'
 
@@ -330,6 +330,11 @@ def loss_on(model, tokens, starts, batch_size: int) -> float:
 def read_run(folder: Path) -> dict:
     path = ROOT / folder / RUN
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+
+
+def final_loss(folder: Path) -> float:
+    """The last validation loss of a run."""
+    return [r['val/loss'] for r in read_jsonl(ROOT / folder / metrics.METRICS) if 'val/loss' in r][-1]
 
 
 def flops_of(run: dict) -> float:
