@@ -19,6 +19,7 @@ experts.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -347,6 +348,30 @@ class Offer(NamedTuple):
     read: dict[str, tuple]  # layer of the base -> keys and values that its heads may read there
 
 
+@contextlib.contextmanager
+def beside(device: torch.device):
+    """What is computed inside runs on a CUDA stream of its own, which is given: experts do not wait for each
+    other, so that small ones fill a GPU together. None, and nothing special, on other devices and in
+    training, where the backward pass would have to be joined too."""
+    if device.type != 'cuda' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield None
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # its inputs are made there
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+def wait_for(stream, read: dict[str, tuple]):
+    """Have the current stream wait for one of `beside`, where `read` (as of Offer) was made."""
+    if stream is None:
+        return
+    current = torch.cuda.current_stream(stream.device)
+    current.wait_stream(stream)
+    for tensor in (tensor for pair in read.values() for tensor in pair):
+        tensor.record_stream(current)  # its memory is not given away while the current stream reads it
+
+
 class Composed(GPT):
     """The base's weights have the names that they have in a GPT; experts.NAME is an expert's GPT, joints.NAME
     what joins it. Only the joints are trained, and only they are in a checkpoint: base and experts have files
@@ -440,22 +465,26 @@ class Composed(GPT):
         all, over all tokens that it has not seen."""
         B, n = gates.size(0), gates.size(2)
         asking = (gates > 0).any(dim=1).T.tolist() if self.config.selective else [[True] * B] * n  # [n][B]
-        offers = []
+        offers, running = [], []
         for e, (name, joint) in enumerate(self.joints.items()):
             if not any(asking[e]):
                 continue
-            gate, rows = gates[:, :, e, None], None
+            gate, rows, own = gates[:, :, e, None], None, None
+            ids, at, there = idx, pos, real
             if cache is not None:
                 own, end = cache.expert(name), cache.length + idx.size(1)
                 ids, at = cache.tokens[:, own.length : end], cache.pos[:, own.length : end]
-                read = self.run(name, ids, at, real, own)
-            elif all(asking[e]):
-                read = self.run(name, idx, pos, real)
-            else:
+            elif not all(asking[e]):
                 rows = torch.tensor([b for b in range(B) if asking[e][b]], device=idx.device)
-                ids, at = idx[rows], pos if pos.size(0) == 1 else pos[rows]
-                gate, read = gate[rows], self.run(name, ids, at, None if real is None else real[rows])
+                ids, gate, at = idx[rows], gate[rows], pos if pos.size(0) == 1 else pos[rows]
+                there = None if real is None else real[rows]
+            inputs = (ids, at, there)
+            with beside(idx.device) as stream:
+                read = self.run(name, *inputs, own)
+            running.append((stream, read, inputs))  # whose memory is not to be given away before it is read
             offers.append(Offer(joint, gate, rows, read))
+        for stream, read, _ in running:
+            wait_for(stream, read)
         return offers
 
     def run(self, name: str, idx, pos, real, cache: ExpertCache | None = None) -> dict:

@@ -159,17 +159,17 @@ class Study:
             self.train(out, part, seed, steps, *arguments)
 
         base = tried('seed', (0.01, 0.02, 0.04), train, 'seen', STEPS['seed'])
-        tried('dense', (0.01, 0.02, 0.04), train, 'seen', 4 * STEPS['seed'])
-        tried('wide', (0.005, 0.01, 0.02), train, 'seen', STEPS['seed'], f'--n_embd={WIDE}')
-        branches = [
-            tried(f'expert-{p}', (0.005, 0.01, 0.02), train, p, STEPS['expert'], f'--init_from={base}')
-            for p in self.experts[:2]
-        ]
+        tried('dense', (0.01, 0.02), train, 'seen', 4 * STEPS['seed'])
+        tried('wide', (0.01, 0.02), train, 'seen', STEPS['seed'], f'--n_embd={WIDE}')
+        part = self.experts[0]
+        branch = tried('expert', (0.005, 0.01, 0.02), train, part, STEPS['expert'], f'--init_from={base}')
 
         def join(out, *arguments):
-            self.compose(out, branches, 'seen', seed, STEPS['together'], f'--base={base}', *arguments)
+            self.compose(
+                out, [f'{part}={branch}'], 'seen', seed, STEPS['together'], f'--base={base}', *arguments
+            )
 
-        tried('joint', (0.005, 0.01, 0.02, 0.04), join)
+        tried('joint', (0.01, 0.02, 0.04), join)
 
     def run_seed(self, seed: int):
         """Everything of one seed, what others need first."""

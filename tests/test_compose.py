@@ -229,7 +229,7 @@ def test_the_other_programs_take_it(parts, pair, tmp_path, capsys):
     study = tmp_path / 'study'
     for arm, folder in {'base': parts / 'base', 'composed': pair}.items():
         shutil.copytree(folder, study / arm / 'seed0')
-    assert compare.main([str(study)]) == 0
+    assert compare.main([str(study), f'--out={tmp_path}']) == 0
     assert 'composed' in capsys.readouterr().out
 
 

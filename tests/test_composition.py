@@ -301,6 +301,20 @@ def test_experts_that_no_token_asks_for_are_not_run(monkeypatch):
         seen[name] = i + 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('kind', ['all', 'one per text'])
+@torch.no_grad()
+def test_experts_run_on_streams_of_their_own(kind):
+    model, idx = make(**KINDS[kind]).cuda(), tokens().cuda()
+    with torch.enable_grad():
+        wanted = model.hidden(idx).detach()  # one after the other
+    for _ in range(20):
+        torch.testing.assert_close(model.hidden(idx), wanted, rtol=1e-9, atol=1e-9)
+    cache = model.new_cache(3)
+    found = [model.hidden(idx[:, i : i + 1], cache) for i in range(24)]
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=1e-9, atol=1e-9)
+
+
 # -----------------------------------------------------------------------------
 # Costs
 
