@@ -3,7 +3,8 @@ same training FLOPs.
 
     python studies/composition_study.py source --files proposals.train.jsonl.xz proposals.val.jsonl.xz
     python studies/composition_study.py cluster
-    python studies/composition_study.py source --table      # of what is done
+    python studies/composition_study.py source --rates      # the learning rates, tried on another seed
+    python studies/composition_study.py source --table --insert=docs/composition.md
 
 For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
 branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import resource
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compose
+from compare import insert, paired, with_interval
 from composition import Composed
 from data.centres import FILE, Centres
 from data.tokendata import eval_batch, eval_starts, open_data
@@ -40,7 +43,7 @@ from runs.files import write_text
 from runs.knobs import Knobs, saved_knobs
 from runs.models import load_model
 from runs.ranks import Ranks
-from runs.records import RUN, read_jsonl
+from runs.records import RUN, find_stored, read_jsonl
 from runs.step import mean_loss
 from runs.system import autocast_for, pick_dtype
 
@@ -64,7 +67,8 @@ SHARED = [
     *('--eval_iters=8', '--warmup_iters=10', '--log_interval=10'),
 ]
 STEPS = {'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30}
-RATE, BRANCH, JOIN = 0.02, 0.01, 0.02  # of a model from scratch, of one that branches off, of what joins
+RATES = {WIDTH: 0.02, WIDE: 0.01}  # by n_embd, of a model from scratch
+BRANCH, JOIN = 0.01, 0.02  # of a model that branches off, of what joins
 WINDOWS = 128  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
@@ -173,7 +177,7 @@ class Study:
 
     def run_seed(self, seed: int):
         """Everything of one seed, what others need first."""
-        self.train(self.folder('seed', seed), 'seen', seed, STEPS['seed'], f'--learning_rate={RATE}')
+        self.train(self.folder('seed', seed), 'seen', seed, STEPS['seed'], f'--learning_rate={RATES[WIDTH]}')
         for part in [*self.experts, self.unseen]:
             self.branch(self.expert(part, seed), part, seed)
         base = f'--base={self.folder("seed", seed)}'
@@ -183,7 +187,7 @@ class Study:
         for arm, width in (('dense', WIDTH), ('wide', WIDE)):
             steps = round(flops / (BATCH * T * dense_flops(width)))
             out = self.folder(arm, seed)
-            self.train(out, 'seen', seed, steps, f'--learning_rate={RATE}', f'--n_embd={width}')
+            self.train(out, 'seen', seed, steps, f'--learning_rate={RATES[width]}', f'--n_embd={width}')
         alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
         for part, expert in zip(self.experts, named, strict=True):
             self.compose(alone[part], [expert], part, seed, STEPS['apart'], base)
@@ -374,10 +378,93 @@ def say(text: str):
 # The table
 
 
+ARMS = {
+    'dense': 'dense, the same training FLOPs',
+    'wide': 'dense, the same training FLOPs and parameters',
+    'seed': 'the base alone',
+    'together': 'composed, joined together',
+    'together-text2': '\N{EN DASH} 2 experts of a text',
+    'together-text1': '\N{EN DASH} 1 expert of a text',
+    'together-token1': '\N{EN DASH} 1 expert of a token',
+    'apart': 'composed, each joined apart',
+    'apart-text2': '\N{EN DASH} 2 experts of a text',
+    'apart-text1': '\N{EN DASH} 1 expert of a text',
+    'apart-token1': '\N{EN DASH} 1 expert of a token',
+    'ensemble-all': 'ensemble of the experts (cBTM)',
+    'ensemble-2': '\N{EN DASH} 2 of them',
+    'average': "mean of the experts' weights",
+    'grown': 'composed, and one added for the last part',
+    'forgot': '\N{EN DASH} and the first one forgotten',
+}
+
+
+def measurements(name: str) -> dict[str, dict[int, dict]]:
+    """Arm -> seed -> run.json of what is measured; of runs here, else of those that are kept in results/."""
+    here = ROOT / 'out/experiments' / name
+    found: dict[str, dict[int, dict]] = {}
+    for stored in find_stored(here if here.exists() else ROOT / 'results' / name):
+        if 'measured' in stored.run:
+            arm, seed = stored.folder.parts[-2:]
+            found.setdefault(arm, {})[int(seed.removeprefix('seed'))] = stored.run
+    return found
+
+
 def table(study: Study) -> str:
-    """A row for each arm: loss in total and by part, and what it costs; means over seeds, and differences to
-    dense with their 95 % interval."""
-    return ''
+    """Two tables: of every arm the losses, the differences to dense and the costs; and the losses by part.
+    Means over seeds, with 95 % intervals of paired differences."""
+    arms, own = measurements(study.arms.name), measurements(study.parts.name)
+    parts = [*study.experts, study.unseen]
+
+    def losses(runs: dict[int, dict], *parts: str) -> dict[int, float]:
+        """seed -> mean loss over parts"""
+        found = {seed: run['measured']['loss'] for seed, run in runs.items()}
+        return {seed: statistics.fmean(loss[part] for part in parts) for seed, loss in found.items()}
+
+    def cost(runs: dict[int, dict], name: str, scale: float, group: str = 'measured') -> float:
+        return statistics.fmean(run[group][name] for run in runs.values()) / scale
+
+    dense = cost(arms['dense'], 'training_flops', 1)
+    head = [
+        '',
+        'parts seen',
+        'less dense',
+        'part not seen',
+        'less dense',
+        'training',
+        'MFLOPs',
+        'ms',
+        'cache',
+    ]
+    lines = [row([*head, 'parameters']), row(['---'] * 10)]
+    for arm, label in ARMS.items():
+        runs, cells = arms[arm], [label]
+        for which in (study.experts, [study.unseen]):
+            one, base = losses(runs, *which), losses(arms['dense'], *which)
+            difference = None if arm == 'dense' else paired(one, base)
+            cells += [f'{statistics.fmean(one.values()):.3f}', with_interval(difference, '+.3f')]
+        cells += [
+            f'{cost(runs, "training_flops", dense):.2f}',
+            f'{cost(runs, "flops_per_token", 1e6):.2f}',
+            f'{cost(runs, "cpu_seconds_per_Mtoken", 1e3):.3f}',
+            f'{cost(runs, "cache_bytes_per_token", 1, "model"):,.0f}',
+            f'{cost(runs, "params", 1e6, "model"):.2f}M',
+        ]
+        lines.append(row(cells))
+    lines += ['', row(['loss by part', *parts]), row(['---'] * (1 + len(parts)))]
+    shown = {label: arms[arm] for arm, label in ARMS.items() if not label.startswith('\N{EN DASH}')}
+    for label, runs in shown.items():
+        lines.append(row([label, *(f'{statistics.fmean(losses(runs, p).values()):.3f}' for p in parts)]))
+    alone = [f'{statistics.fmean(losses(own[p], p).values()):.3f}' for p in parts]
+    lines.append(row(['each expert on its own part', *alone]))
+    seeds = ', '.join(map(str, sorted(arms['dense'])))
+    one = arms['dense'][min(arms['dense'])]
+    where = f'{one["device"]["name"]}, torch {one["versions"]["torch"]}'
+    lines += ['', f'Seeds {seeds}; commit {one["commit"][:9]}; {where}.']
+    return '\n'.join(['', *lines, ''])
+
+
+def row(cells: list[str]) -> str:
+    return '| ' + ' | '.join(cells) + ' |'
 
 
 def main() -> int:
@@ -387,11 +474,15 @@ def main() -> int:
     parser.add_argument('--files', nargs='+', default=[], help='source: the rows that the data was made from')
     parser.add_argument('--seeds', default='0,1,2', help='0,1,2')
     parser.add_argument('--rates', action='store_true', help='try learning rates, on seed 1000')
-    parser.add_argument('--table', action='store_true', help='print the table of what is done')
+    parser.add_argument('--table', action='store_true', help='print the tables of what is done')
+    parser.add_argument('--insert', type=Path, help='with --table: a Markdown file that gets them as well')
     args = parser.parse_args()
     study = Study(args.name)
     if args.table:
-        print(table(study))
+        text = table(study)
+        if args.insert:
+            insert(text, study.arms.name, args.insert)
+        print(text)
         return 0
     if not (ROOT / 'data' / study.data / FILE).exists():
         cut = ['--dataset=' + DATASET, f'--out_dir=data/{study.data}', *study.cut]
