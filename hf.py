@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from composition import Composed
 from configurator import ConfigError, UserError, configure, run_program
 from data.tokenizer import from_spec
 from hierarchy import Hierarchy
@@ -31,6 +32,8 @@ try:
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
     from modeling_reflex import (
+        ComposedReflexConfig,
+        ComposedReflexForCausalLM,
         HierarchicalConfig,
         HierarchicalForCausalLM,
         LeapConfig,  # noqa: F401
@@ -41,7 +44,11 @@ try:
 except ImportError as error:
     sys.exit(f'hf.py needs {error.name}: pip install -r requirements-extras.txt')
 
-CLASSES = {GPT: (ReflexConfig, ReflexForCausalLM), Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM)}
+CLASSES = {
+    GPT: (ReflexConfig, ReflexForCausalLM),
+    Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM),
+    Composed: (ComposedReflexConfig, ComposedReflexForCausalLM),
+}
 for their_config, their_model in CLASSES.values():
     transformers.AutoConfig.register(their_config.model_type, their_config, exist_ok=True)
     transformers.AutoModelForCausalLM.register(their_config, their_model, exist_ok=True)
@@ -71,7 +78,7 @@ def export(model: LanguageModel, tokenizer, folder: str | Path, as_gpt2: bool = 
         special = {'bos_token_id': tokenizer.eot if tokenizer.bos is None else tokenizer.bos}
         special |= {'eos_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot}
         convert_tokenizer(tokenizer, config.block_size).save_pretrained(folder)
-    if as_gpt2 and not isinstance(model, GPT):
+    if as_gpt2 and type(model) is not GPT:
         raise ExportError(f'a {type(model).__name__} is not GPT-2: export without as_gpt2')
     exported = gpt2(config, state, special) if as_gpt2 else reflex(type(model), config, state, special)
     exported.save_pretrained(folder)
@@ -80,27 +87,32 @@ def export(model: LanguageModel, tokenizer, folder: str | Path, as_gpt2: bool = 
 def trimmed(model: LanguageModel):
     """The model's config and weights (by name, on the CPU) without the padding rows of the vocabulary."""
     used = model.config.vocab_used or model.config.vocab_size
-    by_token = {  # tensors with a row for every id
-        id(m.weight) for m in model.modules() if m is model.lm_head or isinstance(m, TokenTable)
-    }
+    heads = [m.lm_head for m in model.modules() if isinstance(m, LanguageModel)]
+    tables = [m for m in model.modules() if isinstance(m, TokenTable)]
+    by_token = {id(m.weight) for m in heads + tables}  # tensors with a row for every id
     state = {name: p.detach().cpu() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if id(p) in by_token:
             state[name] = state[name][:used].clone()
-    return replace(model.config, vocab_size=used, vocab_used=0), state
+    fewer = {'vocab_size': used, 'vocab_used': 0}
+    if isinstance(model, Composed):
+        fewer['experts'] = tuple(replace(e, config=replace(e.config, **fewer)) for e in model.config.experts)
+    return replace(model.config, **fewer), state
 
 
 def reflex(kind: type, config, state, special) -> ReflexForCausalLM:
     given = {k: v for k, v in asdict(config).items() if k != 'vocab_used'}
+    if 'top_k' in given:
+        given['experts_top_k'] = given.pop('top_k')
     config_class, model_class = CLASSES[kind]
     model = model_class(config_class(**given, **special))
-    model.gpt.load_state_dict(
-        {
-            'lm_head.weight': state['transformer.wte.weight'],  # unless the state has one of its own
-            **state,
-            '_extra_state': model.gpt.get_extra_state(),
-        }
-    )
+    heads, described = {}, {}
+    for prefix, part in model.gpt.named_modules():
+        if isinstance(part, LanguageModel):  # of a composed model, its experts are some too
+            prefix = f'{prefix}.' if prefix else ''
+            heads[f'{prefix}lm_head.weight'] = state[f'{prefix}transformer.wte.weight']  # where it is tied
+            described[f'{prefix}_extra_state'] = part.get_extra_state()
+    model.gpt.load_state_dict({**heads, **state, **described})
     return model.eval()
 
 

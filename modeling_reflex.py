@@ -23,6 +23,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from composition import Composed, ComposedConfig
 from hierarchy import Hierarchy, HierarchyConfig
 from layers.spec import canonical
 from model import GPT, GPTConfig
@@ -110,6 +111,27 @@ class HierarchicalConfig(ReflexConfig):
     vars().update({f.name: f.default for f in fields(HierarchyShape)})
 
 
+@strict
+class ComposedReflexConfig(ReflexConfig):
+    """The fields of ComposedConfig (composition.py), likewise; experts are dicts, as in JSON. Its top_k has
+    another name: of a config that says top_k, transformers takes it as an option of sampling."""
+
+    model_type = 'reflex_composed'
+    of: ClassVar = ComposedConfig
+    has_no_defaults_at_init = True  # without experts it is none
+
+    base: str = ''
+    experts: list | tuple = ()
+    reads: str = ''
+    experts_top_k: int = 0
+    threshold: float | int = 0.0
+    route: str = 'token'
+
+    def gpt_config(self) -> ComposedConfig:
+        names = {f.name for f in fields(self.of)} - {'vocab_used', 'top_k'}
+        return self.of(**{name: getattr(self, name) for name in names}, top_k=self.experts_top_k)
+
+
 class ReflexCache(TransformersCache):
     """What `generate` carries from token to token: the Cache of model.py, by the names of transformers."""
 
@@ -164,6 +186,10 @@ class _HierarchyCore(_ExtraStateAsTensor, Hierarchy):
     pass
 
 
+class _ComposedCore(_ExtraStateAsTensor, Composed):
+    part_class = _Core
+
+
 class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     """A GPT of this project for `generate`, `Trainer`, `from_pretrained`, `save_pretrained`."""
 
@@ -172,7 +198,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # noqa: RUF012
     _core = _Core
     # layers read each other's keys and values: they stay on one device
-    _no_split_modules = ('_Core', '_HierarchyCore')
+    _no_split_modules = ('_Core', '_HierarchyCore', '_ComposedCore')
     _supports_sdpa = True
 
     def __init__(self, config: ReflexConfig):
@@ -304,6 +330,20 @@ class HierarchicalForCausalLM(ReflexForCausalLM):
         super().__init__(config)
         if 'predict' in self.gpt.transformer:
             self.gpt.transformer.predict.requires_grad_(False)
+
+
+class ComposedReflexForCausalLM(ReflexForCausalLM):
+    """The same of a composed model, its parts included. Only what joins them trains, as in compose.py."""
+
+    config_class = ComposedReflexConfig
+    _core = _ComposedCore
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name, expert in self.gpt.experts.items():
+            if expert.config.tied:
+                head = f'gpt.experts.{name}.lm_head.weight'
+                self.all_tied_weights_keys[head] = f'gpt.experts.{name}.transformer.wte.weight'
 
 
 LeapForCausalLM = ReflexForCausalLM  # the name of the published package

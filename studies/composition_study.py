@@ -68,7 +68,7 @@ SHARED = [
 ]
 STEPS = {'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30}
 RATES = {WIDTH: 0.02, WIDE: 0.01}  # by n_embd, of a model from scratch
-BRANCH, JOIN = 0.01, 0.02  # of a model that branches off, of what joins
+BRANCH, JOIN = 0.02, 0.02  # of a model that branches off, of what joins
 WINDOWS = 128  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
