@@ -338,12 +338,21 @@ class ComposedReflexForCausalLM(ReflexForCausalLM):
     config_class = ComposedReflexConfig
     _core = _ComposedCore
 
-    def __init__(self, config):
-        super().__init__(config)
-        for name, expert in self.gpt.experts.items():
-            if expert.config.tied:
-                head = f'gpt.experts.{name}.lm_head.weight'
-                self.all_tied_weights_keys[head] = f'gpt.experts.{name}.transformer.wte.weight'
+    def post_init(self):
+        """Experts have heads of their own, which are their token tables where they are tied."""
+        tied = [name for name, expert in self.gpt.experts.items() if expert.config.tied]
+        tied = {f'gpt.experts.{n}.lm_head.weight': f'gpt.experts.{n}.transformer.wte.weight' for n in tied}
+        self._tied_weights_keys = {**self._tied_weights_keys, **tied}
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which has all that it loads train: the parts do not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, p in model.gpt.named_parameters():
+            p.requires_grad_(name.startswith('joints.'))
+        return loaded
 
 
 LeapForCausalLM = ReflexForCausalLM  # the name of the published package

@@ -64,12 +64,12 @@ WIDE = (
 SIZE = [f'--block_size={T}', '--n_layer=4', '--n_head=4']
 SHARED = [
     *('--device=cpu', '--compile=false', '--threads=1', f'--batch_size={BATCH}', '--optimizer=muon'),
-    *('--eval_iters=8', '--warmup_iters=10', '--log_interval=10'),
+    *('--eval_iters=4', '--warmup_iters=10', '--log_interval=10'),
 ]
 STEPS = {'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30}
 RATES = {WIDTH: 0.02, WIDE: 0.01}  # by n_embd, of a model from scratch
-BRANCH, JOIN = 0.02, 0.02  # of a model that branches off, of what joins
-WINDOWS = 128  # of each part's validation text
+BRANCH, JOIN = 0.02, 0.08  # of a model that branches off, of what joins
+WINDOWS = 64  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
 
@@ -173,7 +173,7 @@ class Study:
                 out, [f'{part}={branch}'], 'seen', seed, STEPS['together'], f'--base={base}', *arguments
             )
 
-        tried('joint', (0.01, 0.02, 0.04), join)
+        tried('joint', (0.01, 0.02, 0.04, 0.08, 0.16), join)
 
     def run_seed(self, seed: int):
         """Everything of one seed, what others need first."""
