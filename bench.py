@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from configurator import ConfigError, check_first, configure, run_program
-from runs.knobs import Knobs, check, model_config
+from runs.knobs import Knobs, check, config_file, model_config
 
 ROOT = Path(__file__).resolve().parent
 NANOGPT = ('nanoGPT (README)', 'nanoGPT (best)')
@@ -39,10 +39,10 @@ NANOGPT = ('nanoGPT (README)', 'nanoGPT (best)')
 
 # size -> config files, vocabulary, sequences per step on a CPU (elsewhere as configured)
 SIZES = {
-    'cpu': (['config/size_cpu.py'], 4096, 16),
-    '512/256': (['config/size_512_256.py'], 50304, 4),
+    'cpu': (['config/sizes/size_cpu.py'], 4096, 16),
+    '512/256': (['config/sizes/size_512_256.py'], 50304, 4),
     '768/1024': ([], 50304, 1),
-    'shakespeare': (['config/shakespeare_char_cpu.py'], 128, 12),
+    'shakespeare': (['config/recipes/shakespeare_char_cpu.py'], 128, 12),
 }
 LOOKUP = 64  # tokens guessed at a time
 PARTS = ('train', 'alone', 'generate', 'tokens', 'race')
@@ -147,7 +147,7 @@ def arguments(argv) -> argparse.Namespace:
     args.dtype = pick_dtype(args.dtype, args.device)
     args.knobs = {}
     for arm in args.arms:
-        path = Path(arm) if arm.endswith('.py') else ROOT / 'config' / f'{arm}.py'
+        path = Path(arm) if arm.endswith('.py') else ROOT / config_file(arm)
         k = configure(Knobs, [str(path), *(str(ROOT / f) for f in files), *args.extra]).knobs
         batch = batch if args.device == 'cpu' else k.batch_size
         sizes = {'batch_size': args.batch or batch, 'block_size': args.block or k.block_size}

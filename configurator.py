@@ -29,6 +29,7 @@ import tokenize
 import traceback
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class Configured(typing.NamedTuple):
     files: list  # the config files as pathlib.Path, in the order they were applied; or the words, as they are
 
 
-def run_program(main):
+def run_program(main: Callable[[list[str]], int | None]) -> None:
     """Run main(arguments) as the program that was started, and end the process with the status it returns.
 
     A UserError is one line on stderr and status 2; Ctrl-C is 130; that the reader has gone away (`| head`) is
@@ -214,7 +215,7 @@ def help_text(cls, doc='', words=''):
     for owner in reversed(cls.__mro__[:-1]):  # an inherited knob is documented where it is declared
         section_row = -1
         source = textwrap.dedent(inspect.getsource(owner))
-        knobs = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+        knobs = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]  # type: ignore[attr-defined]
         names = {row: knob.target.id for knob in knobs for row in range(knob.lineno, knob.end_lineno + 1)}
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             (row, column), text = token.start, token.string.lstrip('# ')
@@ -273,7 +274,7 @@ def _run_config(cls, path):
     for name, value in namespace.items():
         a_module = isinstance(value, types.ModuleType) and name not in _kinds(cls)
         if not (name.startswith('_') or a_module):
-            rows = sorted(node.lineno for node in ast.walk(tree) if name in _bound(node))
+            rows = sorted(node.lineno for node in ast.walk(tree) if name in _bound(node))  # type: ignore[attr-defined]
             values[name] = _checked(cls, name, value, _at(path, rows))
     return values
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class Subject(NamedTuple):
     x: torch.Tensor  # (N, T) ids
     y: torch.Tensor  # (N, T) targets, -1 where they do not count
     batch_size: int
-    autocast: object
+    autocast: Callable
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)

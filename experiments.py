@@ -6,7 +6,7 @@
     python experiments.py 4 --scale=paper                    # its published size, for a GPU
     python experiments.py 4 peers --scale=cpu --jobs=2       # and the closest published ideas beside them
     python experiments.py leap --scale=cpu --jobs=2          # LEAP, additive attention, vanilla
-    python experiments.py 4 config/cla.py --scale=short      # a config file beside all arms of experiment 4
+    python experiments.py 4 config/plans/cla.py --scale=short  # a config file beside all arms of experiment 4
     python experiments.py search 4 peers plans --scale=short # the best arm of many, by successive halving
     python experiments.py 4 --scale=cpu --status             # what is done, runs, waits and failed
     python experiments.py 4 --scale=cpu --equal=seconds      # equal time, not steps, once speeds are known
@@ -91,10 +91,10 @@ SCALES = {
         ['openwebtext'],
         [],
         {
-            '512/256': ['config/size_512_256.py'],
+            '512/256': ['config/sizes/size_512_256.py'],
             '512/1024': ['--n_embd=512'],
             '768/1024': [],
-            '128/2048': ['config/size_leap.py'],
+            '128/2048': ['config/sizes/size_leap.py'],
             # of about the parameters of vanilla 768/1024
             'hierarchy': ['--model=hierarchy', '--latents=16-4', '--widths=256-512-768', '--n_layer=4'],
         },
@@ -104,7 +104,7 @@ SCALES = {
     'cpu': Scale(
         ['proposals_bpe4096', 'stdlib'],
         [
-            *('config/size_cpu.py', '--device=cpu', '--eval_iters=32', '--compile=true'),
+            *('config/sizes/size_cpu.py', '--device=cpu', '--eval_iters=32', '--compile=true'),
             *('--optimizer=muon', '--max_iters=1000', '--warmup_iters=50'),
         ],
         {
@@ -113,10 +113,10 @@ SCALES = {
             '768/1024': [],
             # the published size for a hundredth of the steps: nothing is seen twice, so no dropout
             '128/2048': [
-                *('config/size_leap.py', '--max_iters=150', '--warmup_iters=15', '--dropout=0'),
+                *('config/sizes/size_leap.py', '--max_iters=150', '--warmup_iters=15', '--dropout=0'),
                 *('--eval_interval=50', '--eval_iters=8', '--compile=false'),
             ],
-            'hierarchy': ['config/hierarchy_cpu.py'],
+            'hierarchy': ['config/hierarchy/hierarchy_cpu.py'],
         },
         rates=(5e-3, 1e-2, 2e-2),
         sweep=0.5,
@@ -126,7 +126,13 @@ SCALES = {
 SCALES['short'] = replace(
     SCALES['cpu'],
     arguments=[
-        *('config/size_cpu.py', '--device=cpu', '--compile=false', '--batch_size=4', '--optimizer=muon'),
+        *(
+            'config/sizes/size_cpu.py',
+            '--device=cpu',
+            '--compile=false',
+            '--batch_size=4',
+            '--optimizer=muon',
+        ),
         *('--max_iters=500', '--warmup_iters=15', '--eval_interval=250', '--eval_iters=32'),
     ],
     # as many tokens per step as at the other sizes
@@ -161,7 +167,7 @@ HIERARCHY_OPTIONS = [
 
 
 def configs(*names: str) -> dict:
-    return {name: [f'config/{name}.py'] for name in names}
+    return {name: [training.config_file(name)] for name in names}
 
 
 EXPERIMENTS = {
@@ -206,6 +212,16 @@ EXPERIMENTS = {
             *('first_62', 'first_422', 'first_values_422', 'skip_v1_26', 'skip_v1_residual', 'learned_split'),
         ),
         beside='4',
+    ),
+    'controls': Experiment(
+        'Is what values of layer 0 give a path for the identity of tokens?',
+        configs('embedding_values', 'bank', 'x0_skip', 'svformer', 'skip_v1', 'value_residual'),
+        beside='4',
+    ),
+    'modern': Experiment(
+        'What is left of each lead on a base of today?',
+        configs('vanilla', 'reflex_422', 'skip_v1', 'embedding_values', 'value_residual', 'x0_skip'),
+        arguments=['config/base_modern.py'],
     ),
     'leap': Experiment(
         'Does LEAP with windows beat vanilla, and vanilla LEAP without windows?',

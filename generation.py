@@ -72,8 +72,7 @@ def stream_tokens(
 
 def draw(logits, temperature: float, top_k: int | None = None, generator=None, top_p: float = 1.0):
     """Logits (B, number of ids) -> one token id per row (B, 1), of the top_k likeliest, and of those the
-    fewest that
-    together have probability top_p."""
+    fewest that together have probability top_p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -89,8 +88,8 @@ def draw(logits, temperature: float, top_k: int | None = None, generator=None, t
 
 @contextlib.contextmanager
 def no_dropout(modules):
-    """Inside, those of the modules that are in training mode are not, for as long as it takes to compute
-    something."""
+    """Inside this context the modules are in evaluation mode; afterwards each has the mode that it had
+    before."""
     training = [m for m in modules if m.training]
     for module in training:
         module.training = False

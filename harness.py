@@ -107,7 +107,8 @@ class HarnessLM(TemplateLM):
             context, asked = request.args
             options = normalize_gen_kwargs(asked, self.max_gen_toks)
             stop = handle_stop_sequences(options.pop('until', None), eos=None)
-            n, sampling = options.pop('max_gen_toks'), {'temperature': 0.0, 'top_k': None, 'top_p': 1.0}
+            n = options.pop('max_gen_toks')
+            sampling: dict = {'temperature': 0.0, 'top_k': None, 'top_p': 1.0}
             options.pop('do_sample', None)  # said by the temperature too
             sampling |= {name: options.pop(name) for name in sampling.keys() & options.keys()}
             if options and options != {'num_beams': 1}:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from composition import Composed
+from composition import Composed, ComposedConfig
 from configurator import ConfigError, UserError, configure, run_program
 from data.tokenizer import from_spec
 from hierarchy import Hierarchy
@@ -94,13 +94,14 @@ def trimmed(model: LanguageModel):
     for name, p in model.named_parameters():
         if id(p) in by_token:
             state[name] = state[name][:used].clone()
-    fewer = {'vocab_size': used, 'vocab_used': 0}
-    if isinstance(model, Composed):
-        fewer['experts'] = tuple(replace(e, config=replace(e.config, **fewer)) for e in model.config.experts)
-    return replace(model.config, **fewer), state
+    config, fewer = model.config, {'vocab_size': used, 'vocab_used': 0}
+    if isinstance(config, ComposedConfig):
+        experts = tuple(replace(e, config=replace(e.config, **fewer)) for e in config.experts)
+        return replace(config, **fewer, experts=experts), state
+    return replace(config, **fewer), state
 
 
-def reflex(kind: type, config, state, special) -> ReflexForCausalLM:
+def reflex(kind: type[LanguageModel], config, state, special) -> ReflexForCausalLM:
     given = {k: v for k, v in asdict(config).items() if k != 'vocab_used'}
     if 'top_k' in given:
         given['experts_top_k'] = given.pop('top_k')

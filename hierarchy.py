@@ -285,7 +285,7 @@ class CrossAttention(nn.Module):
     def cache_bytes_per_token(self, itemsize: int) -> int:
         return 2 * self.n_head * self.head_size * itemsize
 
-    def flops(self, n: int, m: int) -> int:
+    def flops(self, n: int, m: int) -> float:
         """Forward FLOPs for n queries and m keys."""
         product = 2 * 2 * n * m * self.n_head * self.head_size
         return product + n * (flops(self.c_q, 0) + flops(self.c_proj, 0)) + m * flops(self.c_kv, 0)
@@ -320,7 +320,7 @@ class Perceiver(nn.Module):
         y = self.widen(x[:, first:]) + y
         return piece.join(y + self.mlp(self.ln_2(y)))
 
-    def flops(self, n: int, m: int) -> int:
+    def flops(self, n: int, m: int) -> float:
         """Forward FLOPs for a group whose m tokens become n latents."""
         return self.attn.flops(n, m) + n * (flops(self.widen, 0) + flops(self.mlp, 0))
 
@@ -345,14 +345,17 @@ class GroupTransformer(nn.Module):
         first = x.size(1) - (piece.end[self.i] - piece.begin[self.i])  # that becomes a latent
         return piece.join(self.widen(x[:, first:]))
 
-    def flops(self, n: int, m: int) -> int:
+    def flops(self, n: int, m: int) -> float:
         return m * flops(self.h, m) + n * flops(self.widen, 0)
 
     def state_bytes(self, itemsize: int) -> int:
         return self.size * sum(block.attn.cache_bytes_per_token(itemsize) for block in self.h)
 
 
-COMPRESSIONS = {'perceiver': Perceiver, 'transformer': GroupTransformer}
+COMPRESSIONS: dict[str, type[Perceiver] | type[GroupTransformer]] = {
+    'perceiver': Perceiver,
+    'transformer': GroupTransformer,
+}
 
 
 def make_blocks(config: GPTConfig, n: int) -> nn.ModuleList:
@@ -384,7 +387,7 @@ class Stage(nn.Module):
                 x = inside_groups(self.local_h[j], x, piece, self.r, self.config, self.size)
         return x
 
-    def flops(self, groups: int) -> int:
+    def flops(self, groups: int) -> float:
         """Forward FLOPs per group."""
         K = self.size
         return K * (flops(self.local_h, K) + flops(self.global_h, groups * K))
@@ -413,7 +416,7 @@ class Encoder(nn.Module):
         x, _ = position(self.compress(x, piece).type_as(x), piece.across(self.i))
         return self.stage(x, piece)
 
-    def flops(self, groups: int) -> int:
+    def flops(self, groups: int) -> float:
         n, m = self.lengths[self.i], self.lengths[self.i - 1]
         return self.compress.flops(n, m) + self.stage.flops(groups)
 
@@ -487,7 +490,7 @@ class Decoder(nn.Module):
             x = torch.lerp(skip, x.type_as(skip), self.share.sigmoid().type_as(skip))
         return self.stage(x, piece)
 
-    def flops(self, groups: int) -> int:
+    def flops(self, groups: int) -> float:
         attention = self.attn.flops(self.m, self.m) if self.attn is not None else 0
         return self.n * flops(self.c_narrow, 0) + attention + self.stage.flops(groups)
 
@@ -669,8 +672,7 @@ class Hierarchy(LanguageModel):
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs per token of one pass over sequences of T tokens (default block_size), counted as `flops`
         does, at the number of positions that each part works on. An incomplete last group costs as much as a
-        full
-        one."""
+        full one."""
         return sum(self.flops_by_part(T, backward).values())
 
     def cache_bytes_per_token(self, itemsize: int = 2) -> int:

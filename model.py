@@ -27,7 +27,7 @@ from layers.registry import head_plan, make_attentions
 from layers.tokens import TokenTable
 from shape import GPTShape
 
-# Beyond what anyone builds, and small enough that a mistake is told before it fills the memory
+# Limits beyond what anyone builds, yet small enough that a mistake is refused before it fills the memory
 MOST = {'n_layer': 2**12, 'n_embd': 2**20, 'mlp_hidden': 2**24, 'vocab_size': 2**28, 'block_size': 2**32}
 
 
@@ -60,7 +60,8 @@ class GPTConfig(GPTShape):
             raise ValueError(
                 f'vocab_used={self.vocab_used}: must be between 0 and vocab_size={self.vocab_size}'
             )
-        for name, known in {'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}.items():
+        choices: dict[str, dict] = {'norm': NORMS, 'mlp': MLPS, 'position': POSITIONS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f'{name}={getattr(self, name)!r} is unknown: one of {", ".join(known)}')
         if self.position == 'rotary' and self.head_size % 2:
@@ -121,7 +122,7 @@ class Cache:
 
 
 def count(module: nn.Module) -> int:
-    """The number of its parameters."""
+    """The number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -155,9 +156,10 @@ class LanguageModel(nn.Module):
         hidden(idx, cache)   token ids (B, T) -> what the head reads (B, T, C)
         new_cache(B)         empty generation state for B sequences
         describe(), summary(), parts(), flops_per_token(), cache_bytes_per_token(), state_bytes()
-    apart: how the names of those weights begin that a checkpoint leaves to files of their own
+    apart: prefixes of the names of weights that have files of their own and are not in a checkpoint
     """
 
+    config_class: type  # of a frozen dataclass
     apart: tuple[str, ...] = ()
 
     def finish(self, seed: int | None):
@@ -266,7 +268,7 @@ class GPT(LanguageModel):
         super().__init__()
         self.config = config
         attentions = make_attentions(config)
-        # endless where positions are no table and nothing is kept of single tokens
+        # no limit where positions are not a table and no layer keeps single tokens
         endless = not POSITIONS[config.position].table and all(attn.bounded for attn in attentions)
         self.context_limit = math.inf if endless else config.block_size
         self.padding = min((attn.padding for attn in attentions), key=PADDING.index)
@@ -294,7 +296,7 @@ class GPT(LanguageModel):
         return '\n'.join([blocks, *(block.attn.describe() for block in self.transformer.h)])
 
     def summary(self) -> str:
-        """What it is, in a line, for people."""
+        """One line for people: what the model is."""
         c = self.config
         size = f'{self.num_params() / 1e6:.2f}M parameters'
         return f'{c.attention}, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, {size}'
@@ -310,8 +312,8 @@ class GPT(LanguageModel):
 
         With a cache, idx follows the tokens that it holds, and the cache is advanced by T. For batches of
         padded sequences: pos (B, T), the positions of idx (None: one after the other), and real (B, S) bool,
-        which tokens of the cache and idx together are no padding (None: all). Padding gets no meaning.
-        """
+        which tokens of the cache and idx together are no padding (None: all). Outputs at padding positions
+        are undefined."""
         x, memory = self.embed(idx, cache, pos, real)
         for i in range(len(self.transformer.h)):
             x = self.block(i, x, memory, cache)
@@ -333,7 +335,7 @@ class GPT(LanguageModel):
         t = self.transformer
         embedded = t.wte(idx)  # (B, T, n_embd)
         x, rotate = t.wpe(embedded, pos)
-        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded)
+        memory = Memory(rotate, real, T, tokens=idx, embedded=embedded, embed=t.wte)
         if self.config.x0_skip:
             memory.x0 = F.rms_norm(embedded, embedded.shape[-1:])
         return t.drop(x), memory
@@ -345,7 +347,7 @@ class GPT(LanguageModel):
             x = t.of_stream[i] * x + t.of_token[i] * memory.x0
         return t.h[i](x, memory, cache.layers[i] if cache is not None else None)
 
-    def flops_per_token(self, T: int | None = None, backward: bool = True) -> int:
+    def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""
         return flops(self, T or self.config.block_size, backward)
 

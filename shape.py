@@ -1,6 +1,5 @@
 """The fields of the models' configs. They are declared here once: the models' configs, the trainer's knobs
-and
-transformers' configs all inherit or copy them. Imports nothing heavy.
+and transformers' configs all inherit or copy them. This module imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Train a GPT, or another model, on one device or several.
 
-    python train.py config/reflex_422.py                                     # one process
-    python train.py config/reflex_422.py config/size_cpu.py --max_iters=100  # configs in order, flags win
-    torchrun --standalone --nproc_per_node=2 train.py config/reflex_422.py   # several ranks, one host
-    python train.py config/finetune_shakespeare.py --init_from=gpt2-medium   # from GPT-2-shaped weights
-    python train.py config/hierarchy.py                                      # another model
-    python train.py --out_dir=out/reflex_422 --init_from=resume              # go on after any interruption
+    python train.py config/reflex_422.py                                           # one process
+    python train.py config/reflex_422.py config/sizes/size_cpu.py --max_iters=100  # in order; flags win
+    torchrun --standalone --nproc_per_node=2 train.py config/reflex_422.py         # several ranks, one host
+    python train.py config/recipes/finetune_shakespeare.py --init_from=gpt2-medium # from GPT-2-shaped weights
+    python train.py config/hierarchy.py                                            # another model
+    python train.py --out_dir=out/reflex_422 --init_from=resume                    # after any interruption
 
 Results: OUT_DIR/metrics.jsonl, run.json, last.pt, previous.pt and best.pt. The knobs, each with its default
 and its meaning, are in runs/knobs.py; `--help` lists them.
@@ -52,7 +52,7 @@ from runs.text import print_sample
 
 
 def main(argv: list[str]) -> int:
-    """Everything that can be refused, before anything is built; then `train`."""
+    """Refuse what can be refused before anything is built; then `train`."""
     # 1. Read the knobs, and refuse what cannot work.
     k, given, resume, there = read_knobs(argv, __doc__)
     group = ranks()
@@ -101,7 +101,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
     if not k.eval_only:
         step.begin(it)
     progress = Progress(k.max_iters, it, on=group.main)
-    warmup = k.warmup_iters if k.decay_lr else 0  # during which nothing is usual yet
+    warmup = k.warmup_iters if k.decay_lr else 0  # values are not usual yet during the warm-up
     status = 'failed'
     stop.catch_signals()
     try:

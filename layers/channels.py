@@ -3,6 +3,7 @@ elementwise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -58,7 +59,7 @@ def soften(y):
     return (y.softmax(dim=0) * y).sum(dim=0)
 
 
-MERGES = {
+MERGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     'softmax': soften,
     'max': lambda y: y.amax(dim=0),
     'mean': lambda y: y.mean(dim=0),

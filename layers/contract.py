@@ -1,6 +1,6 @@
 """The boundary that every attention keeps, `y = attention(x, memory, cache)`, and all that the project asks
-of
-an attention beside it. The defaults are the safe ones: what a layer does not say of itself, nobody relies on.
+of an attention beside it. The defaults are the safe ones: nobody relies on what a layer does not
+say of itself.
 
 To add one: a subclass of `Attention` in this folder, a line in layers/registry.py, a config that names it.
 tests/test_layers.py then holds it against all of this.
@@ -15,11 +15,8 @@ import torch.nn as nn
 
 from layers.plans import HeadPlan
 
-PADDING = (
-    'right',
-    'left',
-    'anywhere',
-)  # what an attention may promise, the least first; see Attention.padding
+# what an attention may promise, the least first; see Attention.padding
+PADDING = ('right', 'left', 'anywhere')
 
 
 def unrotated(x):
@@ -32,18 +29,18 @@ class Memory:
     published  one entry per layer so far that publishes: its keys and values, which later layers may read
     inputs     x of every layer so far, (B, T, n_embd) each
     queries    of the last layer so far that asks with any, (B, n_head, T, head_size); None before the first
-    tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. None where a
-    layer's
-               input stands for more than one token, as in the latents of a hierarchy
+    tokens     (B, T) ids of x; embedded (B, T, n_embd), what the token table says of them. Both are None
+               where a layer's input stands for more than one token, as in the latents of a hierarchy
+    embed      the token table: ids -> embedded
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
     """
 
-    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None):
+    def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, embed=None):
         self.published, self.inputs = [], []
         self.queries = self.x0 = None
-        self.tokens, self.embedded = tokens, embedded
+        self.tokens, self.embedded, self.embed = tokens, embedded, embed
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
 
@@ -92,13 +89,14 @@ class Attention(Counted):
     any. A linear layer that is several matrices one above the other lists their rows in its `matrix_rows`
     (for Muon)."""
 
-    # facts that rules go by, wherever they are: of the class, before anything is built
-    has_scores = False  # queries meet keys in a product, which qk_norm may tame
+    # facts that rules go by; they belong to the class, so that rules apply before anything is built
+    has_scores = False  # scores are products of queries and keys, which qk_norm may normalise
     rotates = False  # it puts positions into what it compares, by memory.rotate
-    bounded = False  # its state stops growing: a context may be endless
-    padding = 'right'  # where it may stand in a batch: right (no token looks there) | left, too | anywhere
+    bounded = False  # its state stops growing, so a context may be endless
+    padding = 'right'  # where padding may stand in a batch: right (no token looks there) | left | anywhere
     publishes = False  # it appends (key pieces, value pieces) to memory.published
     published_past = True  # what it publishes is of all tokens so far, not of the new ones alone
+    mixes_earlier = False  # the first layer that publishes has none before it to mix with, and is a plain one
     reads_all = False  # it reads every head of every earlier layer that publishes
     reads_tokens = False  # it reads memory.tokens or memory.embedded
 
@@ -131,6 +129,5 @@ class Attention(Counted):
 
     def describe(self) -> str:
         """One line on what it computes that its weights' shapes do not tell: kept with the weights, and
-        compared
-        when they are loaded."""
+        compared when they are loaded."""
         raise NotImplementedError

@@ -1,4 +1,5 @@
-"""Head plans with one more step: mixes of what earlier layers have computed, other inputs, other outputs."""
+"""Head plans with one more step: mixes of what earlier layers have computed, other inputs, or other
+outputs."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ class ValueResidualAttention(HeadPlanAttention):
 
     Heads that the plan lets take layer 0's values as they are mix nothing.
     """
+
+    mixes_earlier = True
 
     def __init__(self, config, place: Place, **own):
         super().__init__(config, place, **own)
@@ -49,6 +52,7 @@ class LimeAttention(HeadPlanAttention):
     A token's mix depends on that token alone: the cache holds what is read, and layers publish new tokens.
     """
 
+    mixes_earlier = True
     published_past = False
     reads_all = True
 
@@ -84,6 +88,7 @@ class LearnedSplitAttention(HeadPlanAttention):
     Half of a head's share is the layer's own at first, the rest is spread evenly. Cache as in LimeAttention.
     """
 
+    mixes_earlier = True
     published_past = False
     reads_all = True
 
@@ -123,6 +128,11 @@ class MidpointAttention(HeadPlanAttention):
             raise ValueError(
                 f'midpoint(layer={layer}): from 0 to {config.n_layer - 2} of n_layer={config.n_layer}'
             )
+        last = place.layer - place.of_word + place.n_word - 1  # of the layers of this word
+        if last <= layer:
+            raise ValueError(
+                f'midpoint(layer={layer}): none of its layers is above it; the last one is {last}'
+            )
         self.source = layer if place.layer > layer else None
         if self.source is not None:
             self.description += f', keys and values from the input of layer {layer}'
@@ -140,8 +150,8 @@ class MidpointAttention(HeadPlanAttention):
 
 
 class ExclusiveAttention(HeadPlanAttention):
-    """What a token reads, without the part along its own value: y - (y · v / |v|²) v, so that attention is
-    left to bring what the residual stream has not (Zhai, 2026, arXiv:2603.09078)."""
+    """What a token reads, minus the part along its own value: y - (y · v / |v|²) v, so that attention
+    brings only what the residual stream does not have yet (Zhai, 2026, arXiv:2603.09078)."""
 
     def __init__(self, config, place: Place, **own):
         super().__init__(config, place, **own)

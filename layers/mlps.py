@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -57,4 +59,9 @@ class SwiGLU(nn.Module):
         return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
-MLPS = {'gelu': MLP, 'gelu_tanh': TanhMLP, 'relu2': SquaredReLU, 'swiglu': SwiGLU}
+MLPS: dict[str, Callable[..., nn.Module]] = {
+    'gelu': MLP,
+    'gelu_tanh': TanhMLP,
+    'relu2': SquaredReLU,
+    'swiglu': SwiGLU,
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -20,4 +22,4 @@ class RMSNorm(nn.RMSNorm):
         return y.type_as(x)
 
 
-NORMS = {'layernorm': nn.LayerNorm, 'rmsnorm': RMSNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {'layernorm': nn.LayerNorm, 'rmsnorm': RMSNorm}

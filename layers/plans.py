@@ -9,8 +9,8 @@ projects just those, reads what the table says and counts its FLOPs.
     lag 0  self-attention: the layer's own key and value
     lag d  the key and value that the layer d before has computed
 
-In a model of several kinds of layers, each plan is asked for the whole table and gives the rows of its
-layers: lags count all layers that have keys and values."""
+In a model with several kinds of layers, each plan makes the whole table, and the rows of its own layers are
+used: lags count all layers that have keys and values."""
 
 from __future__ import annotations
 
@@ -210,14 +210,14 @@ class HeadPlan:
             sizes.append(whole if reads[layer] is None else [cuts[s][piece] for s, piece in reads[layer]])
         ends = [list(accumulate(pieces)) for pieces in sizes]
         bounds = sorted({0, *ends[0], *ends[1]})
-        cut = [
+        keys, values = [
             [
                 [b - a for a, b in pairwise(bounds) if end - size <= a < end]
                 for end, size in zip(*both, strict=True)
             ]
             for both in zip(ends, sizes, strict=True)
         ]
-        return [b - a for a, b in pairwise(bounds)], *cut
+        return [b - a for a, b in pairwise(bounds)], keys, values
 
     def describe(self, layer: int) -> str:
         """One line: per head its lag, or 'layer.head' of another index; key/value where they differ."""
@@ -259,7 +259,7 @@ def _gather_plan(reads: list[list[tuple[int, int]]], n_head: int, whole: frozens
             bounds[source] |= {first, last}
     bounds = [sorted(b) for b in bounds]
     cuts = [[b - a for a, b in pairwise(edge)] for edge in bounds]
-    pieces = []
+    pieces: list[list[tuple[int, int]] | None] = []
     for l, layer_runs in enumerate(runs):
         if as_is[l]:
             pieces.append(None)

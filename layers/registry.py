@@ -86,8 +86,7 @@ def kinds_of(config) -> dict[str, Kind]:
 
 def make_attentions(config) -> list[Attention]:
     """The attention of every layer. config: of n_layer, n_head, n_embd, head_size, attention, position,
-    qk_norm,
-    bias, dropout. ValueError, naming the value and the fix, where they do not fit together."""
+    qk_norm, bias, dropout. ValueError, naming the value and the fix, where they do not fit together."""
     words = by_layer(config.attention, config.n_layer)
     kinds = [_kind(config, word) for word, _, _ in words]
     _check_facts(config, words, kinds)
@@ -95,8 +94,7 @@ def make_attentions(config) -> list[Attention]:
     layers, planned = [], 0
     for l, ((word, i, n), kind) in enumerate(zip(words, kinds, strict=True)):
         place = Place(l, config.n_layer, i, n, plan, planned)
-        # the first that has keys and values has none before it to mix with
-        layer = HeadPlanAttention if kind.plan and planned == 0 else kind.layer
+        layer = HeadPlanAttention if kind.layer.mixes_earlier and planned == 0 else kind.layer
         own = _values(config, word, _parameters(layer))
         try:
             layers.append(layer(config, place, **own))
@@ -108,9 +106,8 @@ def make_attentions(config) -> list[Attention]:
 
 def head_plan(config) -> HeadPlan | None:
     """Who reads what, over the layers that have keys and values; None where no layer has. ValueError where a
-    plan
-    does not fit, and where it comes to nothing but plain self-attention under another name."""
-    words = [word._replace(count=0) for word, _, _ in by_layer(config.attention, config.n_layer)]
+    plan does not fit, and where it comes to nothing but plain self-attention under another name."""
+    words = [word._replace(n_layers=0) for word, _, _ in by_layer(config.attention, config.n_layer)]
     words = [word for word in words if _kind(config, word).plan]
     if not words:
         return None
@@ -142,11 +139,12 @@ def _table(config, words: list[Word], shape: Shape) -> list[list[Head]]:
 
 
 def _refuse_vanilla(config, words: list[Word], plan: HeadPlan):
-    """A plan or a mix of another name, of which too few layers are there to be more than self-attention."""
+    """Refuse a plan or a mix that comes to plain self-attention here, since it has too few layers."""
     for word in dict.fromkeys(words):
         kind, at = _kind(config, word), [l for l, other in enumerate(words) if other == word]
-        mixes = kind.layer is not HeadPlanAttention
-        if kind == Kind(plan=vanilla) or (mixes and at != [0]) or not all(plan.own(l) for l in at):
+        mixes = kind.layer.mixes_earlier
+        differs = kind.layer is not HeadPlanAttention and not (mixes and at == [0])
+        if kind == Kind(plan=vanilla) or differs or not all(plan.own(l) for l in at):
             continue
         told = f'attention={config.attention!r}: {word} comes to plain self-attention in every layer'
         for n in range(len(words) + 1, len(words) + 65):  # with layers of this word on top
@@ -164,7 +162,7 @@ def _refuse_vanilla(config, words: list[Word], plan: HeadPlan):
 
 
 def _check_facts(config, words, kinds: list[Kind]):
-    """What layers and positions say of themselves must go together."""
+    """What layers and positions say of themselves must fit together."""
     for (word, _, _), kind in zip(words, kinds, strict=True):
         if POSITIONS[config.position].turns and not kind.layer.rotates:
             usable = ', '.join(repr(name) for name, position in POSITIONS.items() if not position.turns)
@@ -173,7 +171,7 @@ def _check_facts(config, words, kinds: list[Kind]):
                 f'that it could turn; use {usable}'
             )
         if config.qk_norm and not kind.layer.has_scores:
-            raise ValueError(f'qk_norm=True: attention={word.name!r} has no scores for it to tame')
+            raise ValueError(f'qk_norm=True: attention={word.name!r} has no scores for it to normalise')
 
 
 def _kind(config, word: Word) -> Kind:
@@ -203,8 +201,7 @@ def _known_options(kind: Kind) -> dict[str, inspect.Parameter]:
 
 def _parameters(of) -> dict[str, inspect.Parameter]:
     """The options that a plan (its arguments after the first) or a class of layers (its keyword-only
-    arguments, and
-    those of its bases where it passes them on) declares."""
+    arguments, and those of its bases where it passes them on) declares."""
     if not inspect.isclass(of):
         return dict(list(inspect.signature(of).parameters.items())[1:])
     found = {}

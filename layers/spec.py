@@ -26,15 +26,15 @@ WORD = re.compile(r'(\w+)(?:\(([^()]*)\))?(?:\*(\d+))?')
 
 class Word(NamedTuple):
     """One word of an attention string. options: (name, text) pairs, with '' for the name of the first option
-    where it is not given; count: of layers, 0 where it is not given."""
+    where it is not given; n_layers: how many layers, 0 where it is not given."""
 
     name: str
     options: tuple[tuple[str, str], ...] = ()
-    count: int = 0
+    n_layers: int = 0
 
     def __str__(self):
         inside = ', '.join(f'{name}={text}' if name else text for name, text in self.options)
-        return self.name + (f'({inside})' if inside else '') + (f'*{self.count}' if self.count else '')
+        return self.name + (f'({inside})' if inside else '') + (f'*{self.n_layers}' if self.n_layers else '')
 
 
 def parse(attention: str) -> list[Word]:
@@ -72,19 +72,18 @@ def _options(attention: str, inside: str) -> tuple[tuple[str, str], ...]:
 
 def canonical(attention: str, head_split: str = '', windows: str = '') -> str:
     """The one spelling of an attention string; head_split, windows: older spellings of the first option of
-    some
-    names, folded into it. ValueError where they do not fit together."""
+    some names, folded into it. ValueError where they do not fit together."""
     words = parse(attention)
     for knob, text in {'head_split': head_split, 'windows': windows}.items():
         words = _fold(words, attention, knob, text)
     merged = words[:1]
     for word in words[1:]:
         if word[:2] == merged[-1][:2]:
-            merged[-1] = word._replace(count=(merged[-1].count or 1) + (word.count or 1))
+            merged[-1] = word._replace(n_layers=(merged[-1].n_layers or 1) + (word.n_layers or 1))
         else:
             merged.append(word)
     if len(merged) > 1:  # 'leap*1' and 'leap' are the same among others; alone, 'leap' is all layers
-        merged = [word._replace(count=0 if word.count == 1 else word.count) for word in merged]
+        merged = [word._replace(n_layers=0 if word.n_layers == 1 else word.n_layers) for word in merged]
     return ' '.join(map(str, merged))
 
 
@@ -100,11 +99,11 @@ def _fold(words: list[Word], attention: str, knob: str, text: str) -> list[Word]
         if any(word.options for word in takers):
             raise ValueError(f'{knob}={text!r}, but attention={attention!r} says it too: give one of them')
     # windows may be listed for all layers of the model: each word takes its own
-    total = sum(word.count or 1 for word in words)
+    total = sum(word.n_layers or 1 for word in words)
     listed = knob == 'windows' and len(words) > 1 and text.count('-') + 1 == total and total > 1
     folded, at = [], 0
     for word in words:
-        count = word.count or 1
+        count = word.n_layers or 1
         own = '-'.join(text.split('-')[at : at + count]) if listed else text
         if word.name in names:
             first, *rest = word.options or [('', own or default)]
@@ -117,12 +116,11 @@ def _fold(words: list[Word], attention: str, knob: str, text: str) -> list[Word]
 
 def by_layer(attention: str, n_layer: int) -> list[tuple[Word, int, int]]:
     """For each layer: its word, which of the word's layers it is, and how many those are; ValueError where
-    the
-    numbers do not add up."""
+    the numbers do not add up."""
     words = parse(attention)
     layers = []
     for word in words:
-        count = word.count or (n_layer if len(words) == 1 else 1)
+        count = word.n_layers or (n_layer if len(words) == 1 else 1)
         layers += [(word, i, count) for i in range(count)]
     if len(layers) != n_layer:
         raise ValueError(f'attention={attention!r} speaks of {len(layers)} layers, but n_layer={n_layer}')

@@ -70,7 +70,9 @@ class Saver:
 
     def __init__(self, out_dir: str | Path, before=lambda: None):
         self.out_dir, self.before = Path(out_dir), before
-        self.thread, self.error, self.copies = None, None, []
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.copies: list = []
 
     def save(self, state: dict, best: bool = False):
         self.wait()

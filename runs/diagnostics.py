@@ -1,4 +1,4 @@
-"""What tells that a training goes wrong: a value that stands out, and the tensor that went wrong first."""
+"""Signs that a training goes wrong: a value that stands out, and the tensor that went wrong first."""
 
 from __future__ import annotations
 

@@ -62,7 +62,9 @@ def write_failed(path: str | Path, e: Exception) -> str:
     path = Path(path)
     if not path.parent.is_dir():
         return f'{path} could not be written: its folder is gone'
-    causes = [e]  # torch's writer reports a failed write as a RuntimeError, while handling the OSError
+    causes: list[BaseException] = [
+        e
+    ]  # torch's writer reports a failed write as a RuntimeError, while handling the OSError
     while causes[-1].__context__ is not None:
         causes.append(causes[-1].__context__)
     code = next((c.errno for c in causes if isinstance(c, OSError) and c.errno), None)
@@ -197,7 +199,7 @@ def _lock(file, shared: bool = False):
         import msvcrt
 
         os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte past the text, which others may then read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
         import fcntl
 

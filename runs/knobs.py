@@ -18,6 +18,8 @@ from shape import HierarchyShape
 if TYPE_CHECKING:
     from model import GPTConfig
 
+ROOT = Path(__file__).resolve().parents[1]
+
 STARTS = ('scratch', 'resume', 'auto')  # any other init_from names weights to begin with (pretrained.py)
 # What a run did whose record does not name these knobs because it is older, where that is not today's default
 BEFORE = {'muon_qkv': 'whole'}
@@ -191,3 +193,14 @@ def saved_knobs(config: dict, where, kind: type[TrainingKnobs] = Knobs) -> Train
     """The knobs that a run.json has under 'config'; where: its path, for errors; kind: of the program that
     wrote it. Raises ConfigError."""
     return from_dict(kind, {**BEFORE, **config} if isinstance(config, dict) else config, where)
+
+
+def config_file(name: str) -> str:
+    """'cla' -> 'config/plans/cla.py': the config file of that name, in whatever group, as seen from the
+    repository's root. ConfigError where there is none, or more than one."""
+    found = sorted((ROOT / 'config').rglob(f'{name}.py'))
+    if len(found) != 1:
+        raise ConfigError(
+            f'{name!r} is the name of {len(found) or "no"} config file in config/ and its groups'
+        )
+    return found[0].relative_to(ROOT).as_posix()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,7 +80,7 @@ def peak_memory(device: str) -> int | None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """A checkout's commit, '+changes' if tracked files differ from it, but for what runs write (results,
+    """A checkout's commit, '+changes' if tracked files differ from it, except what runs write (results,
     charts); 'unknown' outside of git."""
 
     def git(*args):
@@ -148,7 +149,7 @@ class Metrics:
 
 
 class Wandb:
-    """wandb, where it is wanted and works. Whatever it raises is told once; training goes on."""
+    """wandb, where it is wanted and works. An error of wandb is reported once, and training goes on."""
 
     def __init__(self, on: bool, project: str, name: str, group: str, out_dir, config: dict, run_id=None):
         """run_id: by which wandb knows the run that this one goes on with; None for a new one."""
@@ -265,7 +266,7 @@ def wandb_id(out_dir: Path) -> str | None:
 
 
 class Speed:
-    """Tokens per second, and the share of the device's peak FLOP/s, since it was read last."""
+    """Tokens per second, and the share of the device's peak FLOP/s, since the last reading."""
 
     def __init__(self, run: dict, device: str, it: int, seconds: float):
         """run: see describe_run; it, seconds: of training so far."""
@@ -285,7 +286,7 @@ class Record:
     """The record of a run in all its places: metrics.jsonl, run.json and wandb. Where `on` is false (on other
     ranks than the first, or where a run is only evaluated) nothing is written."""
 
-    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None, events: list = ()):
+    def __init__(self, on: bool, k, run: dict, resume_iter: int | None = None, events: Sequence = ()):
         """run: see describe_run; resume_iter: of the checkpoint that the run goes on from, or None: then what
         the folder holds is deleted; events: to record at once."""
         self.on = on
@@ -312,7 +313,7 @@ class Record:
             self.wandb.log({name: value for name, value in values.items() if value is not None})
 
     def event(self, values: dict):
-        """A line that is no metric: it says under 'event' what happened."""
+        """Log a line that is not a metric; its 'event' says what happened."""
         if self.on:
             self.metrics.log(values)
 
@@ -320,7 +321,7 @@ class Record:
         self.metrics.sync()
 
     def end(self, status: str, it: int, seconds: float, best_val_loss: float, device: str):
-        """Called in a `finally`: an exception that is on its way is told too."""
+        """Close the record. Called in a `finally`: an exception that is being raised is recorded too."""
         if not self.on:
             return
         memory, error = peak_memory(device), sys.exc_info()[1]

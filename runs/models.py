@@ -16,7 +16,11 @@ from runs.knobs import Knobs, check_paths
 from runs.parts import load_parts
 from runs.system import total_memory
 
-MODELS = {'gpt': GPT, 'hierarchy': Hierarchy, 'composed': Composed}  # by the knob `model`
+MODELS: dict[str, type[LanguageModel]] = {
+    'gpt': GPT,
+    'hierarchy': Hierarchy,
+    'composed': Composed,
+}  # by the knob `model`
 
 
 def build(k: Knobs, config: GPTConfig) -> LanguageModel:

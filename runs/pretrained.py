@@ -219,7 +219,7 @@ def _heads(source, rows: list[int], their_rows: list[int], head_size: int):
     if not place:
         return None, None, 'initialised: the checkpoint has none of these heads'
     dead, fresh = ((len(r) - len(place)) // head_size for r in (their_rows, rows))
-    how = 'copied' + (f' but for {dead} dead heads' if dead else '')
+    how = 'copied' + (f' except {dead} dead heads' if dead else '')
     how += f', {fresh} heads initialised that the checkpoint does not have' if fresh else ''
     return place, source[[at[rows[i]] for i in place]], how
 

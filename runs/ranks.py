@@ -50,8 +50,8 @@ class Ranks(NamedTuple):
 def ranks() -> Ranks:
     if 'RANK' not in os.environ:
         return Ranks()
-    numbers = [int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
-    return Ranks(*numbers, ddp=True, torchrun=os.getppid())
+    rank, local_rank, world = (int(os.environ[name]) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+    return Ranks(rank, local_rank, world, ddp=True, torchrun=os.getppid())
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from model import GPTConfig
 from runs.checkpoint import LAST, CheckpointError, Saver
 from runs.console import say
 from runs.diagnostics import SpikeWatch, finite
-from runs.knobs import Knobs, saved_knobs
+from runs.knobs import Knobs, TrainingKnobs, saved_knobs
 from runs.metrics import RUN
 from runs.models import MODELS, kind_of, load_weights, own_state
 from runs.optimizer import load_state
@@ -43,8 +43,8 @@ def snapshot(step: TrainingStep, data, it, evaluated, best_val_loss, seconds, wa
 
 
 class Keeper:
-    """Saves a training when it is time to, and only where it is sound: finite weights, which have seen the
-    tokens that the run began with."""
+    """Saves a training when a save is due, and only if it is sound: the weights are finite, and the token
+    files are still those that the run began with."""
 
     def __init__(self, step: TrainingStep, data, saver: Saver, last: int | None):
         """last: the iteration of the checkpoint that the run goes on from, or None."""
@@ -126,15 +126,15 @@ def restore(state: dict, step: TrainingStep, data, watches: dict) -> tuple[int, 
     return it, evaluated, best_val_loss, seconds, events
 
 
-def n_windows(data, k: Knobs) -> int:
+def n_windows(data, k) -> int:
     """Windows of val in an evaluation; as many are always the same ones."""
     return len(eval_windows(data.splits['val'], k.block_size, k.eval_iters * k.batch_size)[0])
 
 
-def resume_knobs(k: Knobs, given: dict) -> Knobs:
+def resume_knobs(k: TrainingKnobs, given: dict) -> TrainingKnobs:
     """The knobs of the interrupted run, from its run.json, with those given now on top.
 
-    Not from the checkpoint: what is in there never chooses a path that is read.
+    They are not taken from the checkpoint: its contents never choose a path that is read.
     """
     path = Path(k.out_dir) / RUN
     try:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from runs.knobs import Knobs
+from runs.knobs import TrainingKnobs
 
 
-def learning_rate_at(it: int, k: Knobs) -> float:
+def learning_rate_at(it: int, k: TrainingKnobs) -> float:
     """Linear warm-up to learning_rate, then cosine or linear decay to min_lr at lr_decay_iters."""
     if not k.decay_lr:
         return k.learning_rate
@@ -21,8 +21,9 @@ def learning_rate_at(it: int, k: Knobs) -> float:
     return k.min_lr + left * (k.learning_rate - k.min_lr)
 
 
-def doubts(k: Knobs) -> list[str]:
-    """What a schedule is hardly meant to be: a warm-up that leaves no time for the rate itself."""
+def doubts(k: TrainingKnobs) -> list[str]:
+    """Warnings about a schedule that is probably a mistake: a warm-up that leaves no time at the full
+    rate."""
     last = min(k.lr_decay_iters or k.max_iters, k.max_iters) - 1  # before the decay is at its end
     if not k.decay_lr or last < 0 or k.warmup_iters <= last:
         return []

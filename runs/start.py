@@ -6,7 +6,7 @@ import contextlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configurator import ConfigError, configure
 from data.tokendata import open_data
@@ -22,7 +22,7 @@ ARCHITECTURE = {f.name for f in fields(GPTConfig)} - {'vocab_size', 'vocab_used'
 
 
 class Start(NamedTuple):
-    knobs: Knobs
+    knobs: Any  # of the program: Knobs, or what else read_knobs was asked for
     given: dict  # the knobs that a config file or the command line has set
     resume: bool  # whether the run goes on from the checkpoint in its folder
     there: list[str]  # which of metrics.RUN_FILES its folder holds

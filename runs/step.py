@@ -23,7 +23,8 @@ from runs.system import autocast_for
 
 
 def dropout_seed(seed: int, step: int, micro: int, part: int = 0) -> int:
-    """Dropout of a micro-batch is a function of these alone: the same after a resume, on any ranks.
+    """Seed of a micro-batch's dropout. It depends on these numbers alone: it is the same after a resume, on
+    any ranks.
 
     part: which of the ranks that share the micro-batch; their sequences must not get the same dropout.
     """
@@ -82,7 +83,7 @@ class TrainingStep:
             ids = [torch.device(device).index] if self.device_type == 'cuda' else None
             self.trained = DistributedDataParallel(self.compiled, device_ids=ids)
         self.inputs = None  # of the next micro-batch, fetched while the device computes
-        self.grad_norm = None
+        self.grad_norm: torch.Tensor | None = None
 
     def begin(self, it: int):
         """Called once, before the first step, which is number `it`."""
@@ -141,8 +142,8 @@ class TrainingStep:
         return loss, norm, stopping > 0
 
     def finite(self, loss: float, norm: float) -> bool:
-        """Whether an update may be made: loss and norm are finite, or the loss scaler will skip this step. It
-        lowers its scale where gradients overflow, down to a limit."""
+        """Whether an update may be made: loss and norm are finite, or the loss scaler will skip this step (it
+        lowers its scale where gradients overflow, down to a limit)."""
         skipped = self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() > 2**-14
         return math.isfinite(loss) and (math.isfinite(norm) or skipped)
 

@@ -25,7 +25,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float):
 
 @contextlib.contextmanager
 def finite_logits(model):
-    """Inside, logits that are inf or nan are a ConfigError: a token that is drawn from them means nothing."""
+    """Inside this context, logits that are inf or nan raise ConfigError: a token drawn from them means
+    nothing."""
 
     def look(head, inputs, logits):
         if not torch.isfinite(logits).all():

@@ -58,9 +58,7 @@ KINDS = {  # the parts with experts, the part that is held out, and how data/clu
     'cluster': (['0', '1', '2', '3'], '4', ['--clusters=5', '--held_out=4']),
 }
 T, BATCH, WIDTH = 128, 16, 64  # tokens of a sequence, sequences of a batch, n_embd
-WIDE = (
-    184  # n_embd of the dense model with as many parameters as four experts, their base and what joins them
-)
+WIDE = 184  # n_embd of the dense model with the parameters of four experts, their base and their joints
 SIZE = [f'--block_size={T}', '--n_layer=4', '--n_head=4']
 SHARED = [
     *('--device=cpu', '--compile=false', '--threads=1', f'--batch_size={BATCH}', '--optimizer=muon'),

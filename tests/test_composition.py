@@ -321,7 +321,7 @@ def test_experts_run_on_streams_of_their_own(kind):
 # Costs
 
 
-CPU = GPTConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=8, n_embd=128)  # of config/size_cpu.py
+CPU = GPTConfig(block_size=256, vocab_size=4096, n_layer=6, n_head=8, n_embd=128)  # of size_cpu
 
 
 def counted(model, *args) -> int:
@@ -360,7 +360,7 @@ def test_flops_are_those_that_torch_counts(kind):
 
 @pytest.mark.parametrize('k', [1, 2, 4])
 def test_composing_k_of_n_costs_little_more_than_the_models_that_run(k):
-    """At the size of config/size_cpu.py; beside experts as far as they are run, without their heads."""
+    """At the size of config/sizes/size_cpu.py; beside experts as far as they are run, without their heads."""
     experts = dict.fromkeys('abcd', CPU)
     config = composed_config(experts, **{**asdict(CPU), 'top_k': k, 'route': 'text'})
     model = Composed(config, seed=0).eval()

@@ -33,14 +33,14 @@ def test_the_kept_pictures_are_those_of_their_configs(draw, root):
 
 
 def test_a_head_with_key_and_value_of_two_layers_is_explained(draw):
-    shown = texts(draw('config/first_values_422.py'))
+    shown = texts(draw('config/plans/first_values_422.py'))
     assert 'layer0(8/4-2-2)' in shown and shown.count('5/0') == 2 and shown.count('5/4') == 2
     assert '5/2: the key of layer 5, the value of layer 2' in shown
     assert '5/2: the key of layer 5, the value of layer 2' not in texts(draw('config/reflex_422.py'))
 
 
 def test_no_lag_has_the_colour_of_the_own_layer_and_the_legend_has_room(draw):
-    svg = draw('config/first_62.py', '--n_layer=12')
+    svg = draw('config/plans/first_62.py', '--n_layer=12')
     legend = re.findall(r'<rect x="(\d+)" y="\d+" width="18" height="18" rx="6" fill="(#\w+)"', svg)
     assert len(legend) == 12 and [colour for _, colour in legend].count(legend[0][1]) == 1
     width = int(re.search(r'viewBox="0 0 (\d+)', svg)[1])

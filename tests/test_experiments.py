@@ -535,10 +535,10 @@ def test_status_and_mistakes(lab, tmp_path, capsys):
 
 
 def test_a_config_file_alone_stands_against_vanilla(lab, tmp_path):
-    plan = plan_of('config/skip_v1.py', 'config/cla.py', '--scale=short')
+    plan = plan_of('config/skip_v1.py', 'config/plans/cla.py', '--scale=short')
     assert (plan.arms, plan.baseline) == (['vanilla', 'skip_v1', 'cla'], 'vanilla')
     assert plan.name == 'skip_v1-cla-short' and plan.question == 'Is skip_v1 or cla better than vanilla?'
-    assert plan_of('4', 'peers', 'config/cla.py', '--scale=cpu').arms.count('cla') == 1
+    assert plan_of('4', 'peers', 'config/plans/cla.py', '--scale=cpu').arms.count('cla') == 1
 
 
 COMMANDS = re.findall(r'^    python experiments.py (.*?) +#', experiments.__doc__, re.MULTILINE)

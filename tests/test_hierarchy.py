@@ -615,9 +615,9 @@ def test_every_option_is_a_knob_with_the_same_default():
 
 def test_the_configs_are_whole(root):
     """Of both sizes: the authors' and that for a laptop; options are put behind them."""
-    sizes = [['hierarchy.py'], ['hierarchy_cpu.py', 'size_cpu.py']]
-    names = {path.name for path in (root / 'config').glob('hierarchy*.py')}
-    for option in sorted(names - {'hierarchy.py', 'hierarchy_cpu.py'}):
+    sizes = [['hierarchy.py'], ['hierarchy/hierarchy_cpu.py', 'sizes/size_cpu.py']]
+    names = {f'hierarchy/{path.name}' for path in (root / 'config/hierarchy').glob('*.py')}
+    for option in sorted(names - {'hierarchy/hierarchy_cpu.py'}):
         for size in sizes:
             knobs = configure(Knobs, [str(root / 'config' / name) for name in [*size, option]]).knobs
             check(knobs)
@@ -627,4 +627,4 @@ def test_the_configs_are_whole(root):
         MODELS[k.model](model_config(k, 4096, 4096), seed=0).num_params()
         for k in (replace(plain, model='gpt', n_layer=6), plain)
     )
-    assert here == pytest.approx(vanilla, rel=0.05), 'config/hierarchy_cpu.py is as large as vanilla'
+    assert here == pytest.approx(vanilla, rel=0.05), 'hierarchy_cpu is as large as vanilla'

@@ -247,7 +247,7 @@ def test_weight_decay_does_not_even_out_what_is_learned_per_layer():
 
 
 def test_mixers_do_not_load_into_one_another():
-    """Nor into the plan that they stand on, whose weights are the same but for what mixes."""
+    """Nor into the plan that they stand on, whose weights are the same except what mixes."""
     plans = {
         'value_residual': 'vanilla',
         'first_residual': 'first',

@@ -140,7 +140,7 @@ def test_another_plan_depth_norm_and_mlp_take_what_fits(gpt2_folder):
                     list(range(8)) + [8 + h for h in plan.keys[layer]] + [16 + h for h in plan.values[layer]]
                 )
                 wanted.copy_(torch.cat([parts[h] for h in heads]))
-                assert f'but for {2 * layer} dead heads' in row.how or layer == 0
+                assert f'except {2 * layer} dead heads' in row.how or layer == 0
                 assert row.how.endswith('16 heads of 6 as 8 heads of 12')
             elif name in ('transformer.wte.weight', 'transformer.wpe.weight'):
                 wanted[: len(source)] = source
@@ -171,7 +171,7 @@ def test_the_table_says_what_became_of_everything(gpt2_folder):
     assert lines['h.0-5.mlp.c_gate.weight'].endswith('256 x 96 - initialised: not in the checkpoint')
     assert lines['h.0-5.mlp.c_fc.weight'].endswith('256 x 96 384 x 96 initialised: another shape')
     assert lines['h.3.attn.c_attn.weight'].endswith(
-        '216 x 96 288 x 96 copied but for 6 dead heads, 16 heads of 6 as 8 heads of 12'
+        '216 x 96 288 x 96 copied except 6 dead heads, 16 heads of 6 as 8 heads of 12'
     )
     assert lines['h.6-23'] == 'h.6-23 - - left out with 12 tensors: the model has 6 layers'
     assert lines['h.0-5.ln_1.bias'] == 'h.0-5.ln_1.bias - 96 left out: the model has no such tensor'
@@ -195,9 +195,9 @@ def test_other_attentions_take_what_means_the_same(gpt2_folder):
 
 
 def test_the_published_size_fares_as_the_readme_says(root):
-    """config/rugpt_reflex.py from 24 layers of 16 heads, with shapes alone."""
+    """config/recipes/rugpt_reflex.py from 24 layers of 16 heads, with shapes alone."""
     names, settings = {f.name for f in fields(GPTConfig)}, {}
-    exec((root / 'config' / 'rugpt_reflex.py').read_text(encoding='utf-8'), settings)
+    exec((root / 'config/recipes/rugpt_reflex.py').read_text(encoding='utf-8'), settings)
     settings = {name: value for name, value in settings.items() if name in names}
     large = GPTConfig(n_layer=24, n_head=16, n_embd=1536, block_size=2048, vocab_size=50257, bias=True)
     with torch.device('meta'):

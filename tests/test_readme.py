@@ -36,7 +36,7 @@ def test_programs_of_the_pages_exist(command):
     assert (ROOT / command).is_file()
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').rglob('*.py')), ids=lambda path: path.stem)
 def test_every_config_builds_and_says_how_to_launch_it(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     knobs = configure(Knobs, [str(path)]).knobs
@@ -45,7 +45,7 @@ def test_every_config_builds_and_says_how_to_launch_it(path, monkeypatch):
     comment = '\n'.join(
         line for line in path.read_text(encoding='utf-8').splitlines() if line.startswith('#')
     )
-    assert f'config/{path.name}' in comment and 'train.py' in comment
+    assert path.relative_to(ROOT).as_posix() in comment and 'train.py' in comment
 
 
 @pytest.mark.parametrize('page', sorted(PAGES), ids=lambda path: path.name)

@@ -694,8 +694,8 @@ def test_a_damaged_checkpoint_is_one_line_with_the_file_to_fall_back_on(tmp_path
     with pytest.raises(CheckpointError, match=why) as error:
         resume(tmp_path)
     fallback = tmp_path / PREVIOUS
-    mend = f'; whole: {fallback} (iteration 10): copy one to {tmp_path / LAST} to go on from there'
-    assert str(error.value).startswith(str(tmp_path / LAST)) and str(error.value).endswith(mend)
+    fix = f'; whole: {fallback} (iteration 10): copy one to {tmp_path / LAST} to go on from there'
+    assert str(error.value).startswith(str(tmp_path / LAST)) and str(error.value).endswith(fix)
     assert '\n' not in str(error.value)
 
 

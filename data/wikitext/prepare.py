@@ -15,7 +15,7 @@ from configurator import run_program
 from data.corpus import prepare
 from data.files import CorpusError
 from data.scripts import how, local_or_hub_splits, options
-from data.sources import Joined
+from data.sources import Joined, Splits
 
 FOLDER = Path(__file__).resolve().parents[1]  # of the data sets
 HUB = ('Salesforce/wikitext', 'b08601e04326c79dfdd32d625aee71d232d685c3')
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     splits, origin = local_or_hub_splits(args, config=f'wikitext-{args.size}-raw-v1')
     if 'val' not in splits:
         raise CorpusError('--files needs --val_files here')
-    splits = {split: [Joined(tuple(parts))] for split, parts in splits.items()}
-    prepare(out_dir, args.tokenizer, splits, origin, end=False, **how(args))
+    joined: Splits = {split: [Joined(tuple(parts))] for split, parts in splits.items()}
+    prepare(out_dir, args.tokenizer, joined, origin, end=False, **how(args))
     return 0
 
 

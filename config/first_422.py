@@ -1,3 +1,0 @@
-# Four own heads, two of the layer before, two of layer 0.
-# python train.py config/first_422.py
-attention = 'layer0(4-2-2)'

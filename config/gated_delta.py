@@ -1,4 +1,0 @@
-# The gated delta rule (Yang et al., 2024): linear in the length, a state that does not grow, no positions.
-# python train.py config/gated_delta.py
-attention = 'gated_delta'
-position = 'none'

@@ -1,3 +1,0 @@
-# An option of the hierarchy: groups are compressed by two causal blocks inside of them.
-# python train.py config/hierarchy.py config/hierarchy_transformer.py
-compression = 'transformer'

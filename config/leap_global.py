@@ -1,3 +1,0 @@
-# LEAP without windows: every layer averages over all tokens so far.
-# python train.py config/leap_global.py
-attention = 'leap(global)'

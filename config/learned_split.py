@@ -1,3 +1,0 @@
-# A head split that training allocates: each head learns its shares of the earlier layers.
-# python train.py config/learned_split.py
-attention = 'learned_split'

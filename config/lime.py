@@ -1,3 +1,0 @@
-# LIMe's static router (Gerasimov et al., 2025): learned mixes of all earlier layers' keys and values.
-# python train.py config/lime.py
-attention = 'lime'

@@ -1,3 +1,0 @@
-# The upper half projects keys and values of its own, from the input of the middle layer.
-# python train.py config/midpoint.py
-attention = 'midpoint(2)'

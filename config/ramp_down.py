@@ -1,3 +1,0 @@
-# The reverse of ramp_up, as a control: layer 0's values in 6, 5, 4, 3, 2 heads of layer 1, 2, ...
-# python train.py config/ramp_down.py
-attention = 'vanilla layer0(8/2-6) layer0(8/3-5) layer0(8/4-4) layer0(8/5-3) layer0(8/6-2)'

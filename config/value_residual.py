@@ -1,3 +1,0 @@
-# Learnable ResFormer (Zhou et al., 2024): each layer mixes its values with those of layer 0.
-# python train.py config/value_residual.py
-attention = 'value_residual'
