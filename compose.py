@@ -10,8 +10,8 @@
 
 An expert is the folder of a run. A composed run stands for all its experts, with what joins them, which
 stays as it is unless --train says otherwise. Results: what train.py leaves, and in OUT_DIR/parts the models
-that were joined, so that the folder needs no other. sample.py, eval.py, explain.py, hf.py and compare.py take
-it like any run. docs/composition.md has a whole example.
+that were joined, so that the folder needs no other. sample.py, eval.py, explain.py and compare.py take it
+like any run. docs/composition.md has a whole example.
 """
 
 from __future__ import annotations

@@ -385,13 +385,12 @@ class Composed(GPT):
     of their own (runs/parts.py)."""
 
     config_class = ComposedConfig
-    part_class = GPT
     apart = ('transformer.', 'lm_head.', 'experts.')
 
     def __init__(self, config: ComposedConfig, seed: int | None = None):
         """seed: of the joints' initial values; the parts wait for their weights."""
         super().__init__(config, seed)
-        self.experts = nn.ModuleDict({e.name: self.part_class(e.config, seed=0) for e in config.experts})
+        self.experts = nn.ModuleDict({e.name: GPT(e.config, seed=0) for e in config.experts})
         self.requires_grad_(False)
         self.joints = nn.ModuleDict({e.name: Joint(config, e) for e in config.experts})
         self.router = Router(config)

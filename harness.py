@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError
+from layers.loss import soft_capped
 from runs.text import check_sampling, finite_logits, stream_text
 
 try:
@@ -84,6 +85,7 @@ class HarnessLM(TemplateLM):
                     target = torch.tensor(sequence[-n:], device=self._device)
                     end = len(sequence) - 1
                     logits = F.linear(row[end - n : end], real)  # (n, ids)
+                    logits = soft_capped(logits, self.model.config.softcap)
                     log_p = F.log_softmax(logits.float(), dim=-1)
                     total = log_p.gather(1, target[:, None]).sum().item()
                     if not math.isfinite(total):

@@ -10,6 +10,10 @@ first kind of folder needs remote code switched on; the second is a GPT-2 like a
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -17,23 +21,22 @@ from pathlib import Path
 
 import torch
 
-from composition import Composed, ComposedConfig
 from configurator import ConfigError, UserError, configure, run_program
 from data.tokenizer import from_spec
 from hierarchy import Hierarchy
 from layers.tokens import TokenTable
 from model import GPT, LanguageModel
+from runs.files import make_folder, temporary, write_failed
 from runs.models import load_model
 from runs.pretrained import ACTIVATIONS, TRANSPOSED
 
 try:
+    import safetensors
     import tokenizers
     import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
     from modeling_reflex import (
-        ComposedReflexConfig,
-        ComposedReflexForCausalLM,
         HierarchicalConfig,
         HierarchicalForCausalLM,
         LeapConfig,  # noqa: F401
@@ -44,11 +47,9 @@ try:
 except ImportError as error:
     sys.exit(f'hf.py needs {error.name}: pip install -r requirements-extras.txt')
 
-CLASSES = {
-    GPT: (ReflexConfig, ReflexForCausalLM),
-    Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM),
-    Composed: (ComposedReflexConfig, ComposedReflexForCausalLM),
-}
+PAD = '<|pad|>'  # a token of no text
+EXPORT = 'export.json'  # in an exported folder: the files that were written, and when
+CLASSES = {GPT: (ReflexConfig, ReflexForCausalLM), Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM)}
 for their_config, their_model in CLASSES.values():
     transformers.AutoConfig.register(their_config.model_type, their_config, exist_ok=True)
     transformers.AutoModelForCausalLM.register(their_config, their_model, exist_ok=True)
@@ -64,56 +65,114 @@ class Knobs:
     checkpoint: str = ''  # best.pt | last.pt | previous.pt; '' = best.pt if there is one, else last.pt
     to: str = ''  # the folder to write
     as_gpt2: bool = False  # as a plain GPT-2, which loads without code of ours; for vanilla models
+    overwrite: bool = False  # replace the folder even where it holds what hf.py has not written
 
 
-def export(model: LanguageModel, tokenizer, folder: str | Path, as_gpt2: bool = False):
-    """Write model and tokenizer (of tokenizer.py, or None) to folder.
+def export(
+    model: LanguageModel, tokenizer, folder: str | Path, as_gpt2: bool = False, overwrite: bool = False
+):
+    """Write model and tokenizer (of tokenizer.py, or None) to folder, which is made or replaced as a whole.
 
-    Padding rows of the embedding are left out: logits are those of the real ids. Raises ExportError where
-    as_gpt2 asks for what a GPT-2 does not compute, or the tokenizer has no equal in transformers.
+    Padding rows of the embedding are left out: logits are those of the real ids, and with a tokenizer one
+    more, of a pad token (`trimmed`). Raises ExportError where as_gpt2 asks for what a GPT-2 does not compute,
+    the tokenizer has no equal in transformers, the folder cannot be written, or it holds what was not
+    exported to it (unless overwrite).
     """
-    config, state = trimmed(model)
-    special = {f'{which}_token_id': getattr(tokenizer, which, None) for which in ('bos', 'eos')}
-    if tokenizer is not None:
-        special = {'bos_token_id': tokenizer.eot if tokenizer.bos is None else tokenizer.bos}
-        special |= {'eos_token_id': tokenizer.eot, 'pad_token_id': tokenizer.eot}
-        convert_tokenizer(tokenizer, config.block_size).save_pretrained(folder)
-    if as_gpt2 and type(model) is not GPT:
+    if type(model) not in CLASSES:
+        raise ExportError(
+            f'a {type(model).__name__} has no form for transformers: sample.py and eval.py take it'
+        )
+    if as_gpt2 and not isinstance(model, GPT):
         raise ExportError(f'a {type(model).__name__} is not GPT-2: export without as_gpt2')
+    converted, special = None, {}
+    if tokenizer is not None:
+        converted = convert_tokenizer(tokenizer, model.config.block_size)
+        begin = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
+        special = {'bos_token_id': begin, 'eos_token_id': tokenizer.eot}
+        special |= {'pad_token_id': converted.pad_token_id}
+    config, state = trimmed(model, special.get('pad_token_id'))
     exported = gpt2(config, state, special) if as_gpt2 else reflex(type(model), config, state, special)
-    exported.save_pretrained(folder)
+    with replacing_folder(Path(folder), overwrite) as new:
+        exported.save_pretrained(new)
+        if converted is not None:
+            converted.save_pretrained(new)
 
 
-def trimmed(model: LanguageModel):
-    """The model's config and weights (by name, on the CPU) without the padding rows of the vocabulary."""
+@contextlib.contextmanager
+def replacing_folder(folder: Path, overwrite: bool):
+    """A new folder to fill, which takes the place of `folder` when the block ends: nobody sees a part of it.
+
+    Raises ExportError where `folder` holds what this function has not made (unless overwrite), and where the
+    disk is full or cannot be written; then `folder` stays as it was."""
+    folder = folder.resolve()
+    if not overwrite:
+        refuse_others(folder)
+    make_folder(folder.parent)
+    new, old = temporary(folder), folder.with_name(f'{folder.name}.old-{os.getpid()}')
+    try:
+        new.mkdir()
+        yield new
+        written = {file.name: file.stat().st_mtime_ns for file in new.iterdir()}
+        (new / EXPORT).write_text(json.dumps({'files': written}), encoding='utf-8')
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+        raise ExportError(write_failed(folder, e)) from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_others(folder: Path):
+    """Raise ExportError where folder holds anything but the unchanged files of an export."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ExportError(f'to={str(folder)!r} is a file: name a folder')
+    try:
+        known = json.loads((folder / EXPORT).read_text(encoding='utf-8'))['files']
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != EXPORT and known.get(file.name) != file.stat().st_mtime_ns:
+            raise ExportError(
+                f'{file} is not as hf.py has written it: name another folder, or replace all of it with '
+                '--overwrite=true'
+            )
+
+
+def trimmed(model: LanguageModel, pad: int | None):
+    """The model's config and weights (by name, on the CPU) without the padding rows of the vocabulary.
+
+    pad: the id of a pad token. Behind all others it gets a row, the mean of all: then its logit is the mean
+    logit, and the other probabilities fall by a part in vocab_size at most."""
     used = model.config.vocab_used or model.config.vocab_size
-    heads = [m.lm_head for m in model.modules() if isinstance(m, LanguageModel)]
-    tables = [m for m in model.modules() if isinstance(m, TokenTable)]
-    by_token = {id(m.weight) for m in heads + tables}  # tensors with a row for every id
+    more = int(pad == used)
+    by_token = {  # tensors with a row for every id
+        id(m.weight) for m in model.modules() if m is model.lm_head or isinstance(m, TokenTable)
+    }
     state = {name: p.detach().cpu() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if id(p) in by_token:
-            state[name] = state[name][:used].clone()
-    config, fewer = model.config, {'vocab_size': used, 'vocab_used': 0}
-    if isinstance(config, ComposedConfig):
-        experts = tuple(replace(e, config=replace(e.config, **fewer)) for e in config.experts)
-        return replace(config, **fewer, experts=experts), state
-    return replace(config, **fewer), state
+            rows = state[name][:used]
+            state[name] = torch.cat([rows, rows.mean(0, keepdim=True).expand(more, -1)])
+    return replace(model.config, vocab_size=used + more, vocab_used=0), state
 
 
 def reflex(kind: type[LanguageModel], config, state, special) -> ReflexForCausalLM:
     given = {k: v for k, v in asdict(config).items() if k != 'vocab_used'}
-    if 'top_k' in given:
-        given['experts_top_k'] = given.pop('top_k')
     config_class, model_class = CLASSES[kind]
     model = model_class(config_class(**given, **special))
-    heads, described = {}, {}
-    for prefix, part in model.gpt.named_modules():
-        if isinstance(part, LanguageModel):  # of a composed model, its experts are some too
-            prefix = f'{prefix}.' if prefix else ''
-            heads[f'{prefix}lm_head.weight'] = state[f'{prefix}transformer.wte.weight']  # where it is tied
-            described[f'{prefix}_extra_state'] = part.get_extra_state()
-    model.gpt.load_state_dict({**heads, **state, **described})
+    model.gpt.load_state_dict(
+        {
+            'lm_head.weight': state['transformer.wte.weight'],  # unless the state has one of its own
+            **state,
+            '_extra_state': model.gpt.get_extra_state(),
+        }
+    )
     return model.eval()
 
 
@@ -163,22 +222,31 @@ def gpt2(config, state, special) -> transformers.GPT2LMHeadModel:
 
 
 def convert_tokenizer(tokenizer, block_size: int) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of tokenizer.py as one of transformers that gives the same ids, or ExportError."""
+    """A tokenizer of tokenizer.py as one of transformers that gives the same ids, or ExportError.
+
+    It has one token more, PAD, behind all others; none where the ids have gaps. As everywhere here, a text
+    holds no special tokens: '<|endoftext|>' in one is text, unless split_special_tokens=False is given where
+    the tokenizer is loaded or called."""
     fast = CONVERTERS[tokenizer.kind](tokenizer)
+    if fast.get_vocab_size() == tokenizer.vocab_size:  # else the next id would be one in use
+        fast.add_special_tokens([PAD])
     end = None if tokenizer.eot is None else fast.id_to_token(tokenizer.eot)
     begin = end if tokenizer.bos is None else fast.id_to_token(tokenizer.bos)
     converted = transformers.PreTrainedTokenizerFast(
         tokenizer_object=fast,
         bos_token=begin,
         eos_token=end,
-        pad_token=end,
+        unk_token=end,  # as GPT-2 has it; nothing is unknown, but some programs want one
+        pad_token=None if fast.token_to_id(PAD) is None else PAD,
         model_max_length=block_size,
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
     )
     known = getattr(tokenizer, 'characters', None)
     samples = ['Hello,  world!\n\tdef f(x): return x1 + 22  # ok', 'Ёжик в тумане', ' naïve 日本 🙂 ', "it's"]
+    samples += [f'a{end} b']
     for text in samples if known is None else [''.join(known)]:
-        theirs = fast.encode(text, add_special_tokens=False).ids
+        theirs = converted(text, add_special_tokens=False)['input_ids']
         if theirs != tokenizer.encode(text) or converted.decode(theirs) != tokenizer.decode(theirs):
             raise ExportError(
                 f'the {tokenizer.kind} tokenizer has no equal in transformers: {text!r} differs'
@@ -239,7 +307,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("to='': give the folder to write, such as --to=exported")
     model, state = load_model(k.out_dir, k.checkpoint)
     tokenizer = from_spec(state['tokenizer']) if state['tokenizer'] else None
-    export(model, tokenizer, k.to, k.as_gpt2)
+    export(model, tokenizer, k.to, k.as_gpt2, k.overwrite)
     kind = 'a GPT-2' if k.as_gpt2 else model.config.attention
     print(f'{k.to}: {kind}, {model.num_params() / 1e6:.2f}M parameters')
     return 0

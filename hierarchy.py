@@ -28,7 +28,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.channels import MERGES, ChannelBlock
-from layers.contract import Memory
+from layers.contract import Memory, captured
 from layers.heads import KVCache, attend
 from layers.mlps import MLPS
 from layers.norms import NORMS
@@ -471,7 +471,7 @@ class Decoder(nn.Module):
             y = torch.cat([before, own], dim=1)
             seen = torch.cat([seen, own], dim=1)
         if piece.cache is not None:
-            piece.cache.latents[self] = seen[:, -n:] if piece.ends_group else seen
+            piece.cache.latents[self] = (seen[:, -n:] if piece.ends_group else seen).detach()
         return y
 
     def forward(self, x, skip, position, piece: Piece):
@@ -577,18 +577,19 @@ class Hierarchy(LanguageModel):
         }
         return {name: count(module) for name, module in {**named, 'final norm': t.ln_f}.items()}
 
-    def run(self, idx, piece: Piece):
-        """Token ids (B, T) -> (what the head reads (B, T, d_0), latents before the stack, and after it)."""
+    def run(self, x, piece: Piece):
+        """Embedded tokens (B, T, d_0) -> what the head reads (B, T, d_0), and the latents before the stack
+        and after it."""
         t = self.transformer
-        x, _ = t.wpe[0](t.wte(idx), piece.across(0))
+        x, _ = t.wpe[0](x, piece.across(0))
         x, skips = t.drop(x), []
         for encoder, position in zip(t.encoder.values(), t.wpe[1:], strict=True):
             skips.append(x)
-            x = encoder(x, position, piece)
+            x = self.step(encoder, x, position, piece)
         latents, x = x, self.think(x, piece)
         thought = x
         for decoder, skip, position in reversed([*zip(t.decoder.values(), skips, t.wpe[:-1], strict=True)]):
-            x = decoder(x, skip, position, piece)
+            x = self.step(decoder, x, skip, position, piece)
         return t.ln_f(x), latents, thought
 
     def think(self, x, piece: Piece):
@@ -599,39 +600,42 @@ class Hierarchy(LanguageModel):
         memory = Memory(POSITIONS[stack.position].rotation(piece.across(self.config.levels), stack.head_size))
         outputs = [x]
         for b, block in enumerate(t.h):
-            x = block(x, memory, piece.state(block.attn, x.size(0), stack.block_size))
+            x = self.step(block, x, memory, piece.state(block.attn, x.size(0), stack.block_size))
             if self.config.dense:
                 outputs.append(x)
                 x = sum(share * output for share, output in zip(t.dense[b].type_as(x), outputs, strict=True))
         return x
 
-    def hidden(self, idx, cache: HierarchyCache | None = None, pos=None, real=None):
+    def hidden(self, idx, cache: HierarchyCache | None = None, pos=None, real=None, embedded=None):
         """Token ids (B, T) -> what the head reads, (B, T, d_0).
 
-        With a cache, idx follows the tokens that it holds, and the cache is advanced by T. pos, real: as of
-        GPT.hidden, but groups begin at the first token: ValueError unless positions are one after the other
-        and all padding is on the right.
+        With a cache, idx follows the tokens that it holds, and the cache is advanced by T. pos, real and
+        embedded: as in GPT.hidden, but groups begin at the first token: ValueError unless positions are one
+        after the other and all padding is on the right.
         """
-        T, K = idx.size(1), self.config.group_size
+        x = self.transformer.wte(idx) if embedded is None else embedded  # (B, T, d_0)
+        T, K = x.size(1), self.config.group_size
         start = cache.length if cache is not None else 0
         if start + T > self.context_limit:
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
-        in_order = pos is None or bool((pos == torch.arange(start, start + T, device=idx.device)).all())
+        in_order = pos is None or bool((pos == torch.arange(start, start + T, device=x.device)).all())
         if real is not None or not in_order:
             raise ValueError(
                 'a hierarchy forms groups from the first token on: padding goes to the right alone'
             )
         if cache is None:  # the last group is filled up on the right, where nobody before it looks
-            idx = F.pad(idx, (0, -T % K))
-            return self.run(idx, Piece(self.config, 0, idx.size(1), idx.device, None))[0][:, :T]
+            whole = self.config.block_size if captured() else -(-T // K) * K
+            x = F.pad(x, (0, 0, 0, whole - T))
+            y = self.run(x, Piece(self.config, 0, whole, x.device, None))[0]  # (B, whole, d_0)
+            return y.index_select(1, torch.arange(T, device=y.device)) if captured() else y[:, :T]
         done = []
         while T:
             used = cache.length % K  # of the group at hand
             n = min(T, K - used) if used or T < K else T - T % K
-            piece = Piece(self.config, cache.length, n, idx.device, cache)
-            done.append(self.run(idx[:, -T:][:, :n], piece)[0])
+            piece = Piece(self.config, cache.length, n, x.device, cache)
+            done.append(self.run(x[:, -T:][:, :n], piece)[0])
             if piece.ends_group:
                 cache.of_group.clear()
             cache.length, T = cache.length + n, T - n
@@ -648,7 +652,8 @@ class Hierarchy(LanguageModel):
             raise ValueError(
                 f'{T} tokens are no whole groups of {self.config.group_size}: train on block_size'
             )
-        hidden, latents, thought = self.run(idx, Piece(self.config, 0, T, idx.device, None))
+        x = self.transformer.wte(idx)
+        hidden, latents, thought = self.run(x, Piece(self.config, 0, T, idx.device, None))
         loss = self.loss(hidden, targets)
         predicted = self.transformer.predict(thought)[:, :-1].float()
         cosine = F.cosine_similarity(predicted, latents[:, 1:].detach().float(), dim=-1)

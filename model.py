@@ -225,6 +225,10 @@ class LanguageModel(nn.Module):
         weight, softcap = self.lm_head.weight, self.config.softcap
         return linear_cross_entropy(hidden, weight, targets, ignore_index=-1, softcap=softcap)
 
+    def step(self, part: nn.Module, *args):
+        """part(*args), for every part of the model in turn; a subclass may compute it in another way."""
+        return part(*args)
+
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters, without position embeddings by default (nanoGPT's count: a tied wte is also
         lm_head)."""
@@ -244,7 +248,7 @@ class LanguageModel(nn.Module):
 
     def cache_type(self) -> tuple:
         """(device, dtype) of keys and values in generation."""
-        weight = self.lm_head.weight
+        weight = self.transformer.wte.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         return weight.device, torch.get_autocast_dtype(kind) if autocast else weight.dtype
@@ -321,19 +325,20 @@ class GPT(LanguageModel):
             cache.length += idx.size(1)
         return self.transformer.ln_f(x)
 
-    def embed(self, idx, cache: Cache | None = None, pos=None, real=None):
+    def embed(self, idx, cache: Cache | None = None, pos=None, real=None, embedded=None):
         """Arguments as of hidden -> (the stream that the first block reads (B, T, n_embd), the Memory that
-        the blocks of this pass share). The cache is not advanced."""
-        _, T = idx.shape
-        start = cache.length if cache is not None else 0
+        the blocks of this pass share). The cache is not advanced. embedded (B, T, n_embd): what to take for
+        the embedding of idx, which may be None where no layer reads tokens."""
+        t = self.transformer
+        if embedded is None:
+            embedded = t.wte(idx)  # (B, T, n_embd)
+        T, start = embedded.size(1), cache.length if cache is not None else 0
         if start + T > self.context_limit:
             raise ValueError(
                 f'{start + T} tokens do not fit block_size={self.config.block_size}: crop the sequence'
             )
         if pos is None:
-            pos = torch.arange(start, start + T, device=idx.device)[None]  # (1, T)
-        t = self.transformer
-        embedded = t.wte(idx)  # (B, T, n_embd)
+            pos = torch.arange(start, start + T, device=embedded.device)[None]  # (1, T)
         x, rotate = t.wpe(embedded, pos)
         memory = Memory(rotate, real, T, tokens=idx, embedded=embedded, embed=t.wte)
         if self.config.x0_skip:
@@ -345,7 +350,7 @@ class GPT(LanguageModel):
         t = self.transformer
         if memory.x0 is not None:
             x = t.of_stream[i] * x + t.of_token[i] * memory.x0
-        return t.h[i](x, memory, cache.layers[i] if cache is not None else None)
+        return self.step(t.h[i], x, memory, cache.layers[i] if cache is not None else None)
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs per token of one pass over sequences of T tokens (default block_size); see `flops`."""

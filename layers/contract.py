@@ -8,6 +8,7 @@ tests/test_layers.py then holds it against all of this.
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,12 @@ def unrotated(x):
     return x
 
 
+def captured() -> bool:
+    """Whether a graph is being taken down that must hold for other inputs (torch.export, torch.jit.trace):
+    then no decision may depend on a size or on a value."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 class Memory:
     """What the layers of one forward pass share beside x; made for that pass and dropped with it.
 
@@ -35,14 +42,23 @@ class Memory:
     x0         the normed embedding, where blocks take a share of it; else None
     rotate     puts positions into queries and keys (B, heads, T, head_size), where positions are rotary
     real       (B, S) bool, which of the S tokens so far, the T of x last, are no padding; None: all are
+    weights    where somebody asks for them, a list to which every attention with scores appends who looks at
+               whom, (B, n_head, T, S); else None
     """
 
     def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, embed=None):
         self.published, self.inputs = [], []
-        self.queries = self.x0 = None
+        self.queries = self.x0 = self.weights = None
         self.tokens, self.embedded, self.embed = tokens, embedded, embed
         self.rotate = rotate
         self.real, self.T, self.seen = real, T, None
+
+    def copy(self) -> Memory:
+        """One that holds the same so far, with lists of its own: for a block that is computed twice."""
+        other = copy.copy(self)
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list)}
+        vars(other).update(lists)
+        return other
 
     @property
     def mask(self):

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers.contract import Attention, Memory, Place
+from layers.contract import Attention, Memory, Place, captured
 from layers.norms import RMSNorm
 from layers.windowed_mean import widen, without_autocast
 
@@ -45,6 +45,7 @@ class GatedDeltaAttention(Attention):
     def __init__(self, config, place: Place):
         super().__init__()
         C, self.n_head, self.head_size = config.n_embd, config.n_head, config.head_size
+        self.block_size = config.block_size
         self.c_attn = nn.Linear(C, 4 * C, bias=config.bias)  # q, k, v and the gate of what is read
         self.c_attn.matrix_rows = [C] * 4
         self.c_rates = nn.Linear(C, 2 * self.n_head, bias=config.bias)  # of writing and of forgetting
@@ -71,9 +72,11 @@ class GatedDeltaAttention(Attention):
             beta, log_alpha = beta * real, log_alpha * real
         with without_autocast(x.device.type):
             state = cache.state if cache is not None else self.new_cache(B, T, x.device, x.dtype).state
-            y, state = delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, log_alpha, state)
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            longest = self.block_size + 1 if captured() else T  # more than T, whatever T is
+            y, state = delta_rule(q, k, v, beta, log_alpha, state, longest)
         if cache is not None:
-            cache.state = state
+            cache.state = state.detach()  # gradients reach the tokens of this call alone
         y = (self.norm(y) * F.silu(gate)).type_as(x)  # (B, n_head, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -104,20 +107,22 @@ def step_of(T: int) -> int:
     return min(STEP, 1 << (T - 1).bit_length())
 
 
-def delta_rule(q, k, v, beta, log_alpha, state):
+def delta_rule(q, k, v, beta, log_alpha, state, longest: int = 0):
     """What T tokens read, and the state after them: (B, H, T, hs), (B, H, hs, hs).
 
     q, k, v (B, H, T, hs), k of length 1 at most; beta, log_alpha (B, H, T), log_alpha <= 0; state (B, H, hs,
-    hs), of values by keys. All fp32 or wider. In a step of n tokens, with g the sum of log_alpha within it,
-    what token t writes is u_t = β_t (v_t - α_t S_{t-1} k_t): the solution of
+    hs), of values by keys. All fp32 or wider. longest: for how many tokens there are steps (0: T), since a
+    graph that is taken down has steps for the longest text. In a step of n tokens, with g the sum of
+    log_alpha within it, what token t writes is u_t = β_t (v_t - α_t S_{t-1} k_t): the solution of
 
         u_t + β_t Σ_{j<t} exp(g_t - g_j) (k_t · k_j) u_j = β_t (v_t - exp(g_t) S k_t)
 
     with S the state before the step: one triangular matrix for all of them (Yang et al., 2024, section 3).
     """
     T, hs = q.shape[2:]
-    n = step_of(T)
-    pad = -T % n  # tokens that write nothing and forget nothing
+    longest = longest or T
+    n = step_of(longest)
+    pad = -(-longest // n) * n - T  # tokens that write nothing and forget nothing
     q, k, v = (F.pad(a, (0, 0, 0, pad)).unflatten(2, (-1, n)) for a in (q, k, v))  # (B, H, N, n, hs)
     beta, log_alpha = (F.pad(a, (0, pad)).unflatten(2, (-1, n)) for a in (beta, log_alpha))  # (B, H, N, n)
     g = log_alpha.cumsum(-1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers.contract import Attention, Memory, Place
+from layers.contract import Attention, Memory, Place, captured
 from layers.norms import RMSNorm
 from layers.plans import HeadPlan
 
@@ -35,11 +37,15 @@ class KVCache:
         self.length = 0  # tokens held
 
     def append(self, k, v):
-        """Store k, v (B, heads, T, head_size); return views of all held, (B, heads, length, head_size)."""
-        end = self.length + k.size(2)
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
+        """Store k, v (B, heads, T, head_size); return views of all held, (B, heads, length, head_size).
+
+        Gradients reach k and v and end at what was held before: nothing that is stored has a graph."""
+        start, end = self.length, self.length + k.size(2)
+        self.k[:, :, start:end] = k.detach()
+        self.v[:, :, start:end] = v.detach()
         self.length = end
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            return torch.cat([self.k[:, :, :start], k], dim=2), torch.cat([self.v[:, :, :start], v], dim=2)
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def rewind(self, length: int):
@@ -73,8 +79,18 @@ def attend(q, k, v, mask=None, dropout_p=0.0):
         return torch.cat(blocks, dim=2)  # (B, H, T, hs)
     if mask is None and 1 < T < S:
         mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
-    causal = mask is None and T > 1
+    causal = mask is None and bool(T > 1)  # where a graph is traced, T is no int
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
+
+
+def attend_in_sight(q, k, v, mask=None, dropout_p=0.0):
+    """`attend`, step by step -> (its result, the weights (B, H, T, S) before dropout)."""
+    T, S = q.size(2), k.size(2)
+    if mask is None:
+        mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
+    scores = (q @ k.mT / math.sqrt(q.size(3))).masked_fill(~mask, -math.inf)  # (B, H, T, S)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).type_as(v)
+    return F.dropout(weights, dropout_p) @ v, weights
 
 
 def cut(x, sizes):
@@ -132,11 +148,10 @@ class HeadPlanAttention(Attention):
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size) if config.qk_norm and self.n_key else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
-        others = [h for h, head in enumerate(plan.heads[layer]) if head.value[0] != layer]
-        self.scales = bool(gain and others)
+        self.scaled = [bool(gain) and head.value[0] != layer for head in plan.heads[layer]]
+        self.scales = any(self.scaled)
         if self.scales:
-            self.register_buffer('scaled', torch.tensor(others), persistent=False)
-            self.gain = nn.Parameter(torch.ones(len(others) if gain == 'head' else 1))
+            self.gain = nn.Parameter(torch.ones(sum(self.scaled) if gain == 'head' else 1))
             self.description += f', gain per {gain}'
 
     def projected_values(self, plan: HeadPlan, layer: int) -> list[int]:
@@ -164,16 +179,21 @@ class HeadPlanAttention(Attention):
 
     def attend(self, q, k, v, memory: Memory, cache: KVCache | None):
         """q (B, n_head, T, hs) over pieces k, v -> what the heads read, (B, n_head, T, hs)."""
-        if cache is not None and q.size(2) == 1 and len(self.runs) > 1:
+        if memory.weights is None and cache is not None and q.size(2) == 1 and len(self.runs) > 1:
             return self.attend_in_place(q, k, v, memory)
         k, v = join(k), join(v)  # (B, n_head, S, hs) each
-        return attend(q, k, v, self.mask(q, k, memory), self.dropout if self.training else 0.0)
+        mask, dropout_p = self.mask(q, k, memory), self.dropout if self.training else 0.0
+        if memory.weights is None:
+            return attend(q, k, v, mask, dropout_p)
+        y, weights = attend_in_sight(q, k, v, mask, dropout_p)
+        memory.weights.append(weights)
+        return y
 
     def mask(self, q, k, memory: Memory):
         """Who sees whom, (B or 1, 1, T, S) bool, for the T queries that are the last of S keys; None where
         that is simply everyone before."""
         T, S = q.size(2), k.size(2)
-        if not self.window or S <= self.window:
+        if not self.window or (not captured() and S <= self.window):
             return memory.mask
         age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)  # (T, S)
         near = ((age >= 0) & (age < self.window))[None, None]  # (1, 1, T, S)
@@ -182,8 +202,8 @@ class HeadPlanAttention(Attention):
     def output(self, y):
         """y (B, n_head, T, hs) -> (B, T, n_embd)"""
         if self.scales:
-            gain = self.gain.expand(len(self.scaled)).to(y.dtype)
-            y = y * y.new_ones(self.n_head).index_copy(0, self.scaled, gain)[:, None, None]
+            gains, one = iter(self.gain.to(y.dtype).expand(sum(self.scaled))), y.new_ones(())
+            y = y * torch.stack([next(gains) if scaled else one for scaled in self.scaled])[:, None, None]
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def read(self, k, v, memory: Memory, cache: KVCache | None):

@@ -81,6 +81,7 @@ class WindowedAttention(Attention):
         super().__init__()
         window = window_of(window, place)
         self.n_head, self.head_size, self.window = config.n_head, config.head_size, window
+        self.divisor = math.sqrt(config.head_size)  # of products
         self.c_attn = nn.Linear(config.n_embd, self.projections * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -94,7 +95,7 @@ class WindowedAttention(Attention):
 
     def dot(self, a, b):
         """Scaled products of (…, hs) with (…, hs), in fp32 whatever they are."""
-        return (widen(a) * widen(b)).sum(-1) / math.sqrt(self.head_size)
+        return (widen(a) * widen(b)).sum(-1) / self.divisor
 
     def logits(self, a, b, memory):
         """`dot` of a and b (B, n_head, T, hs) -> (B, n_head, T); padding gets a logit of NEVER."""
@@ -168,12 +169,37 @@ class LeapAttention(WindowedAttention):
     """LEAP, per head: with the focus logits a = f . k, the means K of k and V of v over the window,
 
     y = c_proj(sigmoid(q . K) * V), products over sqrt(head_size). Rotary positions turn q and the k averaged.
+    With rescale, as in leap-transformer 1.0.1 (its default is 10): the numbers of each head of q, f, k and v
+    first get mean 0 and standard deviation 1, and products are times rescale / head_size.
     """
 
     name = 'leap'
     rotates = True
     projections = 4
     means = {'keys and values': 2}  # noqa: RUF012 (side by side: one mean takes both)
+
+    def __init__(self, config, place: Place, *, window: str = 'auto', rescale: float = 0.0):
+        """rescale: 0 leaves q, f, k and v as they are."""
+        super().__init__(config, place, window=window)
+        if rescale < 0 or (rescale and self.head_size == 1):
+            raise ValueError(
+                f'leap(rescale={rescale:g}): give a number above 0 and heads of more than one number (n_embd='
+                f'{config.n_embd} / n_head={config.n_head}), or 0'
+            )
+        self.rescale = rescale
+        if rescale:
+            self.divisor = self.head_size / rescale
+
+    def project(self, x):
+        y = super().project(x)
+        if not self.rescale:
+            return y
+        wide = widen(y)
+        std, mean = torch.std_mean(wide, dim=-1, keepdim=True)
+        return ((wide - mean) / (std + 1e-5)).type_as(y)
+
+    def describe(self) -> str:
+        return super().describe() + (f', rescale {self.rescale:g}' if self.rescale else '')
 
     def forward(self, x, memory, cache: MeansCache | None = None):
         q, f, k, v = self.project(x)  # (B, n_head, T, hs) each

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from layers.contract import Memory, Place
-from layers.heads import HeadLinear, HeadPlanAttention, KVCache, attend
+from layers.heads import HeadLinear, HeadPlanAttention, KVCache, attend, attend_in_sight
 from layers.plans import HeadPlan
 
 
@@ -106,7 +106,7 @@ class EmbeddingValueAttention(HeadPlanAttention):
         own = self.c_embed(embedded).unflatten(2, (self.of_tokens, self.head_size)).transpose(1, 2)
         return q, k, torch.cat([v, own], dim=1)  # (B, n_value, T, hs)
 
-    def forward(self, x, memory: Memory, cache: KVCache | None = None):
+    def forward(self, x, memory: Memory, cache=None):
         if cache is None or cache.length == 0 or self.keeps_values:
             return super().forward(x, memory, cache)
         q, k, v = self.project(x, memory)
@@ -116,6 +116,8 @@ class EmbeddingValueAttention(HeadPlanAttention):
         embedded = memory.embed(cache.remember(memory.tokens))  # (B, S, C)
         embedded = F.rms_norm(embedded, embedded.shape[-1:]).type_as(k)
         mask = self.mask(q, k, memory)
+        if memory.weights is not None:
+            memory.weights.append(attend_in_sight(q, k, k, mask)[1])
         y = attend(q[:, : self.own], k[:, : self.own], v, mask) if self.own else q[:, :0]
         e = embedded[:, None].expand(-1, self.of_tokens, -1, -1)  # (B, of_tokens, S, C)
         e = attend(q[:, self.own :], k[:, self.own :], e, mask)  # (B, of_tokens, T, C)
@@ -125,7 +127,7 @@ class EmbeddingValueAttention(HeadPlanAttention):
             e = e + self.c_embed.bias.view(self.of_tokens, 1, self.head_size).type_as(e)
         return self.output(torch.cat([y, e], dim=1))
 
-    def hold(self, k, v, memory: Memory, cache: KVCache):
+    def hold(self, k, v, memory: Memory, cache):
         if self.keeps_values:
             return super().hold(k, v, memory, cache)
         cache.append(k, v[:, : self.own])

@@ -18,6 +18,8 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
+from layers.contract import captured
+
 CHUNK = 16  # tokens; 8 and 32 are no faster on a CPU
 NEVER = -1e30  # the logit of what is not there; finite, because inf - inf is not a number
 FLOOR = -80.0  # exp of less is slow on CPUs (denormal numbers) and far below what fp32 adds to 1
@@ -36,7 +38,17 @@ def windowed_mean(logits, vectors, window: int = 0):
         )
     if window < 0:
         raise ValueError(f'window={window}: must be a number of tokens, or 0 for all so far')
-    return WindowedMean.apply(logits, vectors, window)
+    return (masked_mean if captured() else WindowedMean.apply)(logits, vectors, window)
+
+
+def masked_mean(logits, vectors, window: int = 0):
+    """The same by its definition, with weights (..., T, T): how many chunks there are depends on T."""
+    T = logits.size(-1)
+    at = torch.arange(T, device=logits.device)
+    age = at[:, None] - at  # of token j for token i, (T, T)
+    sees = (age >= 0) & (age < window) if window else age >= 0
+    weights = widen(logits)[..., None, :].masked_fill(~sees, NEVER).softmax(-1)  # (..., T, T)
+    return (weights @ widen(vectors)).type_as(vectors)
 
 
 class WindowedMean(torch.autograd.Function):
@@ -87,13 +99,13 @@ class RunningMean:
     def mean(self, logits, vectors):
         """logits (..., T), vectors (..., T, d), the tokens after those seen -> their means (..., T, d).
 
-        RuntimeError where gradients are wanted: they would end at what is held.
+        Gradients reach these tokens and end at what is held of those before them.
         """
         if torch.is_grad_enabled() and (logits.requires_grad or vectors.requires_grad):
-            raise RuntimeError(
-                'no gradient passes the state of a mean: train without a cache (use_cache=False), or '
-                'read under torch.no_grad()'
-            )
+            mean = self.differentiable(logits, vectors)
+            with torch.no_grad():
+                self.mean(logits, vectors)  # which holds them for the next tokens
+            return mean
         T, window, kind = logits.size(-1), self.window, vectors.dtype
         logits = widen(logits)
         if window == 0:
@@ -115,6 +127,18 @@ class RunningMean:
         if window == 0:
             self.logits, self.vectors = m[..., -1:].clone(), s[..., -1:, :].clone()
         return (s[..., :-1] / s[..., -1:]).to(kind)
+
+    def differentiable(self, logits, vectors):
+        """What `mean` gives, by windowed_mean; holds nothing."""
+        if self.logits is None:
+            return windowed_mean(logits, vectors, self.window)
+        held_logits, held = self.logits, self.vectors
+        if self.window == 0:  # all tokens so far as one: their mean, with the logarithm of their weight
+            weight = held[..., -1:]  # (..., 1, 1)
+            held_logits, held = held_logits + weight.squeeze(-1).log(), held[..., :-1] / weight
+        logits = torch.cat([held_logits, widen(logits)], dim=-1)
+        vectors = torch.cat([held.type_as(vectors), vectors], dim=-2)
+        return windowed_mean(logits, vectors, self.window)[..., held.size(-2) :, :]
 
     def select(self, rows):
         """Keep the sequences rows (a LongTensor of batch indices), in that order."""

@@ -257,8 +257,6 @@ def test_bf16_and_more_tokens(exported):
 
 def test_what_is_not_offered_says_so(exported):
     model = ReflexForCausalLM.from_pretrained(exported('reflex(2-2)')[0])
-    with pytest.raises(ValueError, match='output_attentions is not offered'):
-        model(tokens(), output_attentions=True)
     for name in ('past_key_values', 'cache'):  # before transformers 5.24 and since
         with pytest.raises(ValueError, match='the cache is a DynamicCache'):
             model(tokens(), **{name: transformers.DynamicCache()})
@@ -267,11 +265,16 @@ def test_what_is_not_offered_says_so(exported):
     with pytest.raises(ValueError, match='attention_mask has 4 dimensions'):
         model(tokens(), attention_mask=torch.ones(2, 1, 6, 6))
     cache = ReflexCache(model, 2)
-    for method in (cache.crop, cache.update, cache.reset):
-        with pytest.raises(NotImplementedError):
-            method(1)
+    with pytest.raises(NotImplementedError, match='the model that made this cache fills it'):
+        cache.update(1)
     model(tokens(), past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == 6 and cache.get_max_length() == 32
+    cache.crop(-2)
+    assert cache.get_seq_length() == 4
+    cache.crop(3)  # before transformers 5.24: how many are left
+    assert cache.get_seq_length() == 3
+    cache.reset()
+    assert cache.get_seq_length() == 0
     cache.batch_repeat_interleave(2)
     assert model(tokens(4, 1), past_key_values=cache).logits.shape == (4, 1, 50)
 
@@ -495,7 +498,7 @@ def test_tokenizers_give_the_same_ids(tokenizer, tmp_path):
     assert loaded.eos_token_id == tokenizer.eot
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.eos_token_id == tokenizer.eot
-    assert model.config.vocab_size == tokenizer.vocab_size
+    assert model.config.vocab_size == tokenizer.vocab_size + 1 == loaded.pad_token_id + 1
 
 
 def test_gpt2s_encoding_is_converted(gpt2_encoding, shared, tmp_path):
@@ -504,7 +507,7 @@ def test_gpt2s_encoding_is_converted(gpt2_encoding, shared, tmp_path):
         :20000
     ] + ' 日本 🙂  naïve\n\n\t1234567'
     assert converted.backend_tokenizer.encode(text).ids == gpt2_encoding.encode(text)
-    assert converted.eos_token_id == 50256 and len(converted) == 50257
+    assert converted.eos_token_id == 50256 and len(converted) == 50258 == converted.pad_token_id + 1
 
 
 @pytest.fixture

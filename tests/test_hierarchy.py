@@ -283,7 +283,8 @@ def test_the_latent_stack_is_the_gpts():
     from model import GPT
 
     model = make(**OPTIONS['reflex'])
-    _, latents, thought = model.run(tokens(), hierarchy.Piece(model.config, 0, 24, 'cpu', None))
+    piece = hierarchy.Piece(model.config, 0, 24, 'cpu', None)
+    _, latents, thought = model.run(model.transformer.wte(tokens()), piece)
     gpt = GPT(model.config.stack(), seed=0).double()
     gpt.transformer.h.load_state_dict(model.transformer.h.state_dict())
     memory = Memory()

@@ -18,6 +18,7 @@ VARIANTS = {
     'leap': {'attention': 'leap'},
     'leap_global': {'attention': 'leap', 'windows': 'global'},
     'leap_odd': {'attention': 'leap', 'windows': '3-17-40-0'},
+    'leap_rescaled': {'attention': 'leap(3-17-40-0, rescale=10)'},
     'leap_rotary': {'attention': 'leap', 'position': 'rotary'},
     'leap_none': {'attention': 'leap', 'position': 'none'},
     'additive': {'attention': 'additive'},
@@ -183,12 +184,6 @@ def test_padding_before_the_text_changes_no_gradient(window, shift):
         assert cut.narrow(dim, 0, 9).abs().max() < 1e-30  # exp(FLOOR) in place of 0
 
 
-def test_no_gradient_ends_at_a_cache_in_silence():
-    model = model_of('leap')
-    with pytest.raises(RuntimeError, match='train without a cache'):
-        model.hidden(tokens(), model.new_cache(2))
-
-
 @pytest.mark.parametrize('window', [0, 64])
 def test_memory_grows_with_the_length_alone(window):
     """Twice the tokens, twice the bytes kept for the backward pass; nothing of size T x CHUNK among them."""
@@ -245,12 +240,16 @@ def reference(model, block, x):
     for h in range(n_head):
         if attn.name == 'leap':
             q, f, k, v = projections[:, :, h].unbind(2)  # (B, T, hs) each
-            a = (f * k).sum(-1) / math.sqrt(hs)
+            scale = 1 / math.sqrt(hs)
+            if attn.rescale:  # leap-transformer 1.0.1
+                q, f, k, v = ((t - t.mean(-1, True)) / (t.std(-1, keepdim=True) + 1e-5) for t in (q, f, k, v))
+                scale = attn.rescale / hs
+            a = (f * k).sum(-1) * scale
             if c.position == 'rotary':
                 _, rotate = model.transformer.wpe(x, torch.arange(T)[None])
                 q, k = (rotate(t[:, None])[:, 0] for t in (q, k))
             K, V = naive_mean(a, k, attn.window), naive_mean(a, v, attn.window)
-            heads.append(torch.sigmoid((q * K).sum(-1, keepdim=True) / math.sqrt(hs)) * V)
+            heads.append(torch.sigmoid((q * K).sum(-1, keepdim=True) * scale) * V)
         else:
             q, k, v = projections[:, :, h].unbind(2)
             p = naive_mean((attn.w_q[h, 0] * q).sum(-1) / math.sqrt(hs), q, attn.window) * k
