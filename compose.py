@@ -10,8 +10,8 @@
 
 An expert is the folder of a run. A composed run stands for all its experts, with what joins them, which
 stays as it is unless --train says otherwise. Results: what train.py leaves, and in OUT_DIR/parts the models
-that were joined, so that the folder needs no other. sample.py, eval.py, explain.py, hf.py and compare.py take
-it like any run. docs/composition.md has a whole example.
+that were joined, so that the folder needs no other. sample.py, eval.py, explain.py and compare.py take it
+like any run. docs/composition.md has a whole example.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from data.tokendata import open_data
 from model import GPT, GPTConfig
 from runs import checkpoint, metrics
 from runs.console import Progress, say
-from runs.datasets import data_folder, prepare_stdlib
+from runs.datasets import data_folder, prepare_own
 from runs.files import FileError
 from runs.models import load_model
 from runs.optimizer import make_optimizer
@@ -190,6 +190,11 @@ def names_to_train(k: Knobs, experts: dict[str, Part]) -> list[str]:
             )
     if k.max_iters and not names:
         raise ConfigError('all experts are joined already: give --train=all, or --max_iters=0')
+    if k.max_iters and k.threshold >= 0.5 and any(experts[name].joint is None for name in names):
+        raise ConfigError(
+            f'threshold={k.threshold:g}: gates are 0.5 before training, so that nothing would be read and '
+            'nothing learned: train without, and set it afterwards with --max_iters=0'
+        )
     return names
 
 
@@ -228,7 +233,7 @@ def main(argv: list[str]) -> int:
             k = replace(k, block_size=size, train=','.join(names) or 'all')
             tokenizer = base.state['tokenizer']
         folder = data_folder(k.dataset)
-        prepare_stdlib(folder)
+        prepare_own(folder)
         data = open_data(folder, k.block_size, k.vocab_size or None)
         if why := other_tokens(data.tokenizer_spec, tokenizer):
             raise ConfigError(f'{folder} has {why} the parts: prepare it with theirs')

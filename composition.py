@@ -4,9 +4,11 @@ A composed model is a GPT, the *base*, and beside it other GPTs, the *experts*, 
 deeper or shallower. All of them are frozen. What joins an expert to the base is trained, and is its `Joint`:
 
     reads  At chosen layers, heads of the base ask with the base's own queries and read keys and values that
-           are projections of the expert's stream at a chosen depth. What they read is added to the base's
-           stream after that layer (CALM; Bansal et al., 2024, arXiv:2401.02412). The output projection is
-           zero at first: a new composed model computes what its base computes, bit for bit.
+           are projections of the expert's stream at a chosen depth (CALM; Bansal et al., 2024,
+           arXiv:2401.02412). To that comes a projection of the expert's stream at the asking token itself
+           (as in progressive networks; Rusu et al., 2016, arXiv:1606.04671): heads would take long to learn
+           to find it. Both are added to the base's stream after that layer. The output projections are zero
+           at first: a new composed model computes what its base computes, bit for bit.
     gate   A linear layer and a sigmoid on the base's stream, as it enters the first layer that reads, say how
            much a token asks for the expert (PHATGOOSE; Muqeeth et al., 2024, arXiv:2402.05859). What is read
            counts times that.
@@ -19,6 +21,7 @@ experts.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -203,27 +206,30 @@ class Reading(Counted):
         self.c_kv = nn.Linear(width, 2 * rows, bias=config.bias)
         self.c_kv.matrix_rows = [rows, rows]
         self.c_proj = nn.Linear(rows, config.n_embd, bias=config.bias)
+        self.c_same = nn.Linear(width, config.n_embd, bias=False)
 
     def init_own(self, generator):
         self.c_kv.weight.normal_(0.0, 0.02, generator=generator)
         self.c_proj.weight.zero_()
+        self.c_same.weight.zero_()
         for linear in (self.c_kv, self.c_proj):
             if linear.bias is not None:
                 linear.bias.zero_()
 
-    def project(self, states, pos):
+    def project(self, states, pos, T: int):
         """The expert's stream (B, S, width) at positions pos (B or 1, S) -> keys and values that the base's
-        heads may read, (B, heads, S, hs) each."""
+        heads may read, (B, heads, S, hs) each, and what the last T tokens get of their own (B, T, n_embd)."""
         states = F.rms_norm(states, states.shape[-1:])
         kv = self.c_kv(states).unflatten(2, (-1, self.head_size)).transpose(1, 2)  # (B, 2 heads, S, hs)
         k, v = kv.chunk(2, dim=1)
         k = F.rms_norm(k, k.shape[-1:]) if self.qk_norm else k
-        return self.rotation(pos, self.head_size)(k), v
+        return self.rotation(pos, self.head_size)(k), v, self.c_same(states[:, -T:])
 
-    def forward(self, q, k, v, mask):
-        """The base's queries q (B, n_head, T, hs) over k, v of project -> (B, T, n_embd); mask: of Memory."""
+    def forward(self, q, k, v, same, mask):
+        """The base's queries q (B, n_head, T, hs), and k, v, same of project -> (B, T, n_embd); mask: of
+        Memory."""
         y = attend(q[:, self.asking[0] :], k, v, mask)  # (B, heads, T, hs): the last heads ask
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+        return self.c_proj(y.transpose(1, 2).flatten(2)) + same
 
     def flops_per_token(self, T: int) -> int:
         return 2 * 2 * T * len(self.asking) * self.head_size
@@ -244,9 +250,11 @@ class Joint(nn.Module):
         self.depth = max(read.depth for read in self.reads.values())  # blocks of the expert that are run
 
     def backward_flops_per_token(self, T: int) -> int:
-        """The expert's stream gets no gradient, so that of c_kv only the weight has one."""
+        """The expert's stream gets no gradient, so that of c_kv and c_same only the weights have one."""
         return sum(
-            flops(read.c_kv, T) + 2 * flops(read.c_proj, T) + read.backward_flops_per_token(T)
+            flops(nn.ModuleList([read.c_kv, read.c_same]), T)
+            + 2 * flops(read.c_proj, T)
+            + read.backward_flops_per_token(T)
             for read in self.reads.values()
         )
 
@@ -344,7 +352,31 @@ class Offer(NamedTuple):
     joint: Joint
     gate: torch.Tensor  # (sequences, T, 1)
     rows: torch.Tensor | None  # the sequences of the batch that it was run on; None: all
-    read: dict[str, tuple]  # layer of the base -> keys and values that its heads may read there
+    read: dict[str, tuple]  # layer of the base -> what Reading.project has for it
+
+
+@contextlib.contextmanager
+def beside(device: torch.device):
+    """What is computed inside runs on a CUDA stream of its own, which is given: experts do not wait for each
+    other, so that small ones fill a GPU together. None, and nothing special, on other devices and in
+    training, where the backward pass would have to be joined too."""
+    if device.type != 'cuda' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield None
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # its inputs are made there
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+def wait_for(stream, read: dict[str, tuple]):
+    """Have the current stream wait for one of `beside`, where `read` (as of Offer) was made."""
+    if stream is None:
+        return
+    current = torch.cuda.current_stream(stream.device)
+    current.wait_stream(stream)
+    for tensor in (tensor for tensors in read.values() for tensor in tensors):
+        tensor.record_stream(current)  # its memory is not given away while the current stream reads it
 
 
 class Composed(GPT):
@@ -353,14 +385,13 @@ class Composed(GPT):
     of their own (runs/parts.py)."""
 
     config_class = ComposedConfig
-    part_class = GPT
     apart = ('transformer.', 'lm_head.', 'experts.')
     steps = False  # experts have caches of their own, and a router of who is asked
 
     def __init__(self, config: ComposedConfig, seed: int | None = None):
         """seed: of the joints' initial values; the parts wait for their weights."""
         super().__init__(config, seed)
-        self.experts = nn.ModuleDict({e.name: self.part_class(e.config, seed=0) for e in config.experts})
+        self.experts = nn.ModuleDict({e.name: GPT(e.config, seed=0) for e in config.experts})
         self.requires_grad_(False)
         self.joints = nn.ModuleDict({e.name: Joint(config, e) for e in config.experts})
         self.router = Router(config)
@@ -441,27 +472,31 @@ class Composed(GPT):
         all, over all tokens that it has not seen."""
         B, n = gates.size(0), gates.size(2)
         asking = (gates > 0).any(dim=1).T.tolist() if self.config.selective else [[True] * B] * n  # [n][B]
-        offers = []
+        offers, running = [], []
         for e, (name, joint) in enumerate(self.joints.items()):
             if not any(asking[e]):
                 continue
-            gate, rows = gates[:, :, e, None], None
+            gate, rows, own = gates[:, :, e, None], None, None
+            ids, at, there = idx, pos, real
             if cache is not None:
                 own, end = cache.expert(name), cache.length + idx.size(1)
                 ids, at = cache.tokens[:, own.length : end], cache.pos[:, own.length : end]
-                read = self.run(name, ids, at, real, own)
-            elif all(asking[e]):
-                read = self.run(name, idx, pos, real)
-            else:
+            elif not all(asking[e]):
                 rows = torch.tensor([b for b in range(B) if asking[e][b]], device=idx.device)
-                ids, at = idx[rows], pos if pos.size(0) == 1 else pos[rows]
-                gate, read = gate[rows], self.run(name, ids, at, None if real is None else real[rows])
+                ids, gate, at = idx[rows], gate[rows], pos if pos.size(0) == 1 else pos[rows]
+                there = None if real is None else real[rows]
+            inputs = (ids, at, there)
+            with beside(idx.device) as stream:
+                read = self.run(name, idx.size(1), *inputs, own)
+            running.append((stream, read, inputs))  # whose memory is not to be given away before it is read
             offers.append(Offer(joint, gate, rows, read))
+        for stream, read, _ in running:
+            wait_for(stream, read)
         return offers
 
-    def run(self, name: str, idx, pos, real, cache: ExpertCache | None = None) -> dict:
-        """Run an expert on ids (B, T) at positions pos (B or 1, T) -> {layer of the base: (keys, values) that
-        it may read there, (B, heads, S, hs) each}."""
+    def run(self, name: str, T: int, idx, pos, real, cache: ExpertCache | None = None) -> dict:
+        """Run an expert on ids idx at positions pos, which it has not seen and of which the last T are new to
+        the base -> {layer of the base: what Reading.project has for it}."""
         expert, joint = self.experts[name], self.joints[name]
         x, memory = expert.embed(idx, cache, pos, real)
         read = {}
@@ -469,8 +504,9 @@ class Composed(GPT):
             x = expert.block(i, x, memory, cache)
             for layer, reading in joint.reads.items():
                 if reading.depth == i + 1:
-                    k, v = reading.project(x, pos)
-                    read[layer] = (k, v) if cache is None else cache.read[layer].append(k, v)
+                    k, v, same = reading.project(x, pos, T)
+                    k, v = (k, v) if cache is None else cache.read[layer].append(k, v)
+                    read[layer] = k, v, same
         if cache is not None:
             cache.length += idx.size(1)
         return read

@@ -6,7 +6,8 @@
 Writes OUT_DIR/explain.html (one file, no network: pick layer and head, click a token to see what it reads)
 and OUT_DIR/explain.png. LEAP and additive attention have one logit per token and head, and a token reads the
 softmax of those in its window. Of other attentions the picture shows what the last token pays to each token,
-and the page what any token pays, in texts of up to 128 tokens.
+and the page what any token pays, in texts of up to 128 tokens. Of a composed model they also show which
+expert each token asks for, and what the base reads of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import html
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +24,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from composition import Composed
 from configurator import ConfigError, configure, run_program
 from data.tokenizer import from_spec
 from layers.leap import Mean
@@ -35,6 +38,7 @@ from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = 100  # characters in a line of the picture
+SHADES = ('tab:orange', 'tab:blue', 'tab:green', 'tab:pink', 'tab:olive', 'tab:cyan', 'tab:purple', 'tab:red')
 READERS = 128  # tokens of a text up to which the page has what each of them reads: their square, per head
 
 
@@ -50,13 +54,15 @@ class Knobs:
 class View:
     """What one attention looks at. logits: the numbers are logits of all tokens, which every token reads
     through its window (0: all before); else they are the weights that the last token pays. readers: then the
-    weights that every token pays to those up to it, unless the text is long."""
+    weights that every token pays to those up to it, unless the text is long. names: the rows are no heads but
+    experts of these names, and the numbers are the gates of all tokens, 0 where one does not ask."""
 
     title: str
     logits: bool
     window: int
     heads: list[list[float]]  # (n_head, T)
     readers: list | None = None  # (n_head, T, 1 to T)
+    names: tuple[str, ...] = ()
 
     def weights(self) -> torch.Tensor:
         """What each token weighs to those that read it, (n_head, T): for logits the mean of its weight over
@@ -94,27 +100,41 @@ class Watch(TorchFunctionMode):
 @torch.no_grad()
 def look(model, ids: list[int]) -> list[View]:
     """What the model's attentions look at in one text, layer by layer. ids: at most its context."""
-    views, layer, hooks = [], 0, []
+    views, layer, reads, hooks = [], 0, '', []
 
-    def enter(attention, args, l):
-        nonlocal layer
-        layer = l
+    def enter(module, args, l, what):
+        nonlocal layer, reads
+        layer, reads = l, what
+
+    def see_gates(router, args, gates):
+        names = tuple(model.joints)
+        title = f'layer {model.first_read}: which expert each token asks for'
+        views.append(View(title, False, 0, gates[0].T.tolist(), names=names))
 
     def see_logits(mean, args):
         title = f'layer {layer}: {mean.of}, ' + (f'window {mean.window}' if mean.window else 'global')
         views.append(View(title, True, mean.window, args[0][0].tolist()))
 
     def see_weights(weights):
-        title = f'layer {layer}: {model.transformer.h[layer].attn.describe()}'
-        readers = None
+        if not reads:  # an expert's own
+            return
+        title, readers = f'layer {layer}: {reads}', None
         if len(ids) <= READERS:
             readers = [[row[: i + 1] for i, row in enumerate(head)] for head in weights.tolist()]
         views.append(View(title, False, 0, weights[:, -1].tolist(), readers))
 
     for l, block in enumerate(model.transformer.h):
-        hooks.append(block.attn.register_forward_pre_hook(lambda attn, args, l=l: enter(attn, args, l)))
+        hooks.append(block.attn.register_forward_pre_hook(partial(enter, l=l, what=block.attn.describe())))
         means = [module for module in block.attn.modules() if isinstance(module, Mean)]
         hooks += [mean.register_forward_pre_hook(see_logits) for mean in means]
+    if isinstance(model, Composed):
+        hooks.append(model.router.register_forward_hook(see_gates))
+        for name, joint in model.joints.items():
+            for block in model.experts[name].transformer.h:
+                hooks.append(block.attn.register_forward_pre_hook(partial(enter, l=0, what='')))
+            for l, reading in joint.reads.items():
+                what = f'what heads read of {name} after {reading.depth} of its blocks'
+                hooks.append(reading.register_forward_pre_hook(partial(enter, l=int(l), what=what)))
     try:
         with Watch(see_weights):
             model.hidden(torch.tensor([ids], device=model.lm_head.weight.device))
@@ -172,19 +192,32 @@ def picture(tokens: list[str], views: list[View], path: Path, head: int = -1):
     for n, view in enumerate(views):
         top = n * (lines + 2) + 1
         weights = view.weights()
-        weights = weights.mean(0) if head < 0 else weights[head]
-        most = float(weights.max())
-        darkest = f'darkest: {most:.2g} ' + ('times a plain mean' if view.logits else 'of a sum of 1')
-        title = f'{view.title}{"" if view.logits else ", last token"} ({darkest})'
+        rows = weights.argmax(0).tolist() if view.names else [0] * len(tokens)
+        one = 0 <= head < len(weights) and not view.names
+        weights = weights.amax(0) if view.names else weights[head] if one else weights.mean(0)
+        most = float(weights.max()) or 1.0
+        title = f'{view.title} ({"; ".join(keys_of(view, most))})'
         axes.text(0, top - 0.5, title, fontsize=7, color='dimgray', va='center')
-        for token, weight, (x, y, width) in zip(tokens, weights.tolist(), places, strict=True):
-            patch = Rectangle((x, top + y), width, 1, color='tab:orange', alpha=weight / most, linewidth=0)
+        for token, weight, row, (x, y, width) in zip(tokens, weights.tolist(), rows, places, strict=True):
+            colour = SHADES[row % len(SHADES)]
+            patch = Rectangle((x, top + y), width, 1, color=colour, alpha=weight / most, linewidth=0)
             axes.add_patch(patch)
             for i, character in enumerate(shown(token)):
                 where = {'va': 'center', 'ha': 'center', 'family': 'monospace', 'parse_math': False}
                 axes.text(x + i + 0.5, top + y + 0.5, character, fontsize=8, **where)
     fig.savefig(path)
     plt.close(fig)
+
+
+def keys_of(view: View, most: float) -> list[str]:
+    """What the shades of a view mean in the picture, where `most` is the darkest."""
+    if view.names:
+        shades = [SHADES[i % len(SHADES)].removeprefix('tab:') for i in range(len(view.names))]
+        keys = [f'{shade}: {name}' for shade, name in zip(shades, view.names, strict=True)]
+        return [*keys, f'darkest: a gate of {most:.2g}']
+    if view.logits:
+        return [f'darkest: {most:.2g} times a plain mean']
+    return [f'last token, darkest: {most:.2g} of a sum of 1']
 
 
 def shown(token: str) -> str:

@@ -78,6 +78,10 @@ def export(
     the tokenizer has no equal in transformers, the folder cannot be written, or it holds what was not
     exported to it (unless overwrite).
     """
+    if type(model) not in CLASSES:
+        raise ExportError(
+            f'a {type(model).__name__} has no form for transformers: sample.py and eval.py take it'
+        )
     if as_gpt2 and not isinstance(model, GPT):
         raise ExportError(f'a {type(model).__name__} is not GPT-2: export without as_gpt2')
     converted, special = None, {}

@@ -260,6 +260,12 @@ def main(argv: list[str]) -> int:
         raise CorpusError(f'--held_out {min(unknown)}: the parts are {", ".join(groups)}')
     if held:
         groups[SEEN] = groups.keys() - held
+    old = {path.parent.name for path in out_dir.glob(f'*/{META}')} - groups.keys()
+    if old:
+        raise CorpusError(
+            f'{out_dir} holds parts of another division ({", ".join(sorted(old))}): delete it, or give '
+            'another --out_dir'
+        )
     metas = write_parts(out_dir, data, of, parts, groups, args.shard_tokens)
     centres.save(out_dir / FILE)
     (out_dir / REPORT).write_text(table_of(metas, typical), encoding='utf-8')

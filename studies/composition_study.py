@@ -3,13 +3,14 @@ same training FLOPs.
 
     python studies/composition_study.py source --files proposals.train.jsonl.xz proposals.val.jsonl.xz
     python studies/composition_study.py cluster
-    python studies/composition_study.py source --table      # of what is done
+    python studies/composition_study.py source --rates      # the learning rates, tried on another seed
+    python studies/composition_study.py source --table --insert=docs/composition.md
 
 For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
 branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
-one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. Runs are made
-in out/experiments/composition-NAME by the programs, as a person would make them. Stop it at any time: the
-same command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
+one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. The programs
+make the runs, in out/experiments/composition-NAME, as a person would make them. Stop it at any time: the same
+command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import resource
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compose
+from compare import insert, paired, with_interval
 from composition import Composed
 from data.centres import FILE, Centres
 from data.tokendata import eval_batch, eval_starts, open_data
@@ -40,7 +43,7 @@ from runs.files import write_text
 from runs.knobs import Knobs, saved_knobs
 from runs.models import load_model
 from runs.ranks import Ranks
-from runs.records import RUN
+from runs.records import RUN, find_stored, read_jsonl
 from runs.step import mean_loss
 from runs.system import autocast_for, pick_dtype
 
@@ -54,13 +57,16 @@ KINDS = {  # the parts with experts, the part that is held out, and how data/clu
     ),
     'cluster': (['0', '1', '2', '3'], '4', ['--clusters=5', '--held_out=4']),
 }
+T, BATCH, WIDTH = 128, 16, 64  # tokens of a sequence, sequences of a batch, n_embd
+WIDE = 184  # n_embd of the dense model with the parameters of four experts, their base and their joints
+SIZE = [f'--block_size={T}', '--n_layer=4', '--n_head=4']
 SHARED = [
-    *('config/sizes/size_cpu.py', '--device=cpu', '--compile=false', '--threads=1', '--batch_size=4'),
-    *('--optimizer=muon', '--eval_iters=16', '--warmup_iters=15', '--log_interval=20'),
+    *('--device=cpu', '--compile=false', '--threads=1', f'--batch_size={BATCH}', '--optimizer=muon'),
+    *('--eval_iters=4', '--warmup_iters=10', '--log_interval=10'),
 ]
-STEPS = {'seed': 250, 'expert': 250, 'together': 160, 'apart': 100, 'grown': 100}
-RATE, BRANCH, JOIN = 0.01, 0.005, 0.01  # of a model from scratch, of one that branches off, of what joins
-WIDE = 320  # n_embd of the dense model with as many parameters as four experts and their base
+STEPS = {'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30}
+RATES = {WIDTH: 0.02, WIDE: 0.01}  # by n_embd, of a model from scratch
+BRANCH, JOIN = 0.02, 0.08  # of a model that branches off, of what joins
 WINDOWS = 64  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
@@ -122,8 +128,8 @@ class Study:
     def train(self, out: Path, part: str, seed: int, steps: int, *arguments: str):
         """train.py on a part, unless it is done."""
         given = [f'--dataset={self.data}/{part}', f'--seed={seed}', f'--max_iters={steps}']
-        given += [f'--eval_interval={steps}', f'--out_dir={out}', '--init_from=auto']
-        run(out, 'train.py', 'config/vanilla.py', *SHARED, *given, *arguments)
+        given += [f'--eval_interval={steps}', f'--n_embd={WIDTH}', f'--out_dir={out}', '--init_from=auto']
+        run(out, 'train.py', 'config/vanilla.py', *SIZE, *SHARED, *given, *arguments)
 
     def branch(self, out: Path, part: str, seed: int):
         """An expert: the seed model, trained on its part."""
@@ -134,25 +140,52 @@ class Study:
 
     def compose(self, out: Path, experts: list, part: str, seed: int, steps: int, *arguments: str):
         """compose.py, unless it is done."""
-        shared = [word for word in SHARED if not word.endswith('.py')]
         given = [f'--experts={",".join(map(str, experts))}', f'--dataset={self.data}/{part}']
         given += [f'--seed={seed}', f'--max_iters={steps}', f'--eval_interval={max(1, steps)}']
         given += [f'--learning_rate={JOIN}', f'--out_dir={out}', '--init_from=auto', *arguments]
-        run(out, 'compose.py', *shared, *given)
+        run(out, 'compose.py', *SHARED, *given)
+
+    def sweep(self):
+        """Try learning rates on a seed of their own, each kind of run with the best of the one before."""
+        seed, place, losses = 1000, self.arms.with_name(f'composition-{self.name}-lr'), {}
+
+        def tried(kind: str, rates, start, *arguments):
+            for rate in rates:
+                out = place / f'{kind}-{rate}'
+                start(out, *arguments, f'--learning_rate={rate}')
+                losses[kind, rate] = final_loss(out)
+                say(f'{kind} {rate}: {losses[kind, rate]:.4f}')
+            return place / f'{kind}-{min(rates, key=lambda rate: losses[kind, rate])}'
+
+        def train(out, part, steps, *arguments):
+            self.train(out, part, seed, steps, *arguments)
+
+        base = tried('seed', (0.01, 0.02, 0.04), train, 'seen', STEPS['seed'])
+        tried('dense', (0.01, 0.02), train, 'seen', 4 * STEPS['seed'])
+        tried('wide', (0.01, 0.02), train, 'seen', STEPS['seed'], f'--n_embd={WIDE}')
+        part = self.experts[0]
+        branch = tried('expert', (0.005, 0.01, 0.02), train, part, STEPS['expert'], f'--init_from={base}')
+
+        def join(out, *arguments):
+            self.compose(
+                out, [f'{part}={branch}'], 'seen', seed, STEPS['together'], f'--base={base}', *arguments
+            )
+
+        tried('joint', (0.01, 0.02, 0.04, 0.08, 0.16), join)
 
     def run_seed(self, seed: int):
         """Everything of one seed, what others need first."""
-        self.train(self.folder('seed', seed), 'seen', seed, STEPS['seed'], f'--learning_rate={RATE}')
+        self.train(self.folder('seed', seed), 'seen', seed, STEPS['seed'], f'--learning_rate={RATES[WIDTH]}')
         for part in [*self.experts, self.unseen]:
             self.branch(self.expert(part, seed), part, seed)
         base = f'--base={self.folder("seed", seed)}'
         named = [f'{part}={self.expert(part, seed)}' for part in self.experts]
         self.compose(self.folder('together', seed), named, 'seen', seed, STEPS['together'], base)
         flops = self.training_flops('together', seed)
-        for arm, width in (('dense', 128), ('wide', WIDE)):
-            steps = round(flops / (1024 * dense_flops(width)))
+        for arm, width in (('dense', WIDTH), ('wide', WIDE)):
+            steps = round(flops / (BATCH * T * dense_flops(width)))
             out = self.folder(arm, seed)
-            self.train(out, 'seen', seed, steps, f'--learning_rate={RATE}', f'--n_embd={width}')
+            self.train(out, 'seen', seed, steps, f'--learning_rate={RATES[width]}', f'--n_embd={width}')
         alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
         for part, expert in zip(self.experts, named, strict=True):
             self.compose(alone[part], [expert], part, seed, STEPS['apart'], base)
@@ -272,12 +305,12 @@ class Study:
         losses, flops, seconds, tokens = {}, 0, 0.0, 0
         for part in [*self.experts, self.unseen]:
             split = open_data(ROOT / 'data' / self.data / part).splits['val']
-            starts = eval_starts(len(split), 256, WINDOWS)
+            starts = eval_starts(len(split), T, WINDOWS)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             losses[part] = loss_on(model, split, starts, 8)
             seconds += resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
-            tokens += 256 * len(starts[0])
-            x, y = (torch.from_numpy(a) for a in eval_batch(split, *starts, 0, 8, 256))
+            tokens += T * len(starts[0])
+            x, y = (torch.from_numpy(a) for a in eval_batch(split, *starts, 0, 8, T))
             # of attention, torch counts products that are not fused
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(x, y)
@@ -293,12 +326,17 @@ def loss_on(model, tokens, starts, batch_size: int) -> float:
     def autocast():
         return autocast_for('cpu', DTYPE)
 
-    return mean_loss(model.eval(), tokens, starts, batch_size, 256, 'cpu', autocast, Ranks())
+    return mean_loss(model.eval(), tokens, starts, batch_size, T, 'cpu', autocast, Ranks())
 
 
 def read_run(folder: Path) -> dict:
     path = ROOT / folder / RUN
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+
+
+def final_loss(folder: Path) -> float:
+    """The last validation loss of a run."""
+    return [r['val/loss'] for r in read_jsonl(ROOT / folder / metrics.METRICS) if 'val/loss' in r][-1]
 
 
 def flops_of(run: dict) -> float:
@@ -307,9 +345,10 @@ def flops_of(run: dict) -> float:
 
 
 def dense_flops(width: int) -> float:
-    """Training FLOPs per token of a dense model of config/sizes/size_cpu.py with another width."""
+    """Training FLOPs per token of a dense model of another width."""
+    config = GPTConfig(block_size=T, n_layer=4, n_head=4, n_embd=width, vocab_size=4096)
     with torch.device('meta'):
-        return GPT(GPTConfig(block_size=256, n_embd=width, vocab_size=4096), seed=0).flops_per_token()
+        return GPT(config, seed=0).flops_per_token()
 
 
 def run(out: Path, program: str, *arguments: str):
@@ -337,10 +376,93 @@ def say(text: str):
 # The table
 
 
+ARMS = {
+    'dense': 'dense, the same training FLOPs',
+    'wide': 'dense, the same training FLOPs and parameters',
+    'seed': 'the base alone',
+    'together': 'composed, joined together',
+    'together-text2': '\N{EN DASH} 2 experts of a text',
+    'together-text1': '\N{EN DASH} 1 expert of a text',
+    'together-token1': '\N{EN DASH} 1 expert of a token',
+    'apart': 'composed, each joined apart',
+    'apart-text2': '\N{EN DASH} 2 experts of a text',
+    'apart-text1': '\N{EN DASH} 1 expert of a text',
+    'apart-token1': '\N{EN DASH} 1 expert of a token',
+    'ensemble-all': 'ensemble of the experts (cBTM)',
+    'ensemble-2': '\N{EN DASH} 2 of them',
+    'average': "mean of the experts' weights",
+    'grown': 'composed, and one added for the last part',
+    'forgot': '\N{EN DASH} and the first one forgotten',
+}
+
+
+def measurements(name: str) -> dict[str, dict[int, dict]]:
+    """Arm -> seed -> run.json of what is measured; of runs here, else of those that are kept in results/."""
+    here = ROOT / 'out/experiments' / name
+    found: dict[str, dict[int, dict]] = {}
+    for stored in find_stored(here if here.exists() else ROOT / 'results' / name):
+        if 'measured' in stored.run:
+            arm, seed = stored.folder.parts[-2:]
+            found.setdefault(arm, {})[int(seed.removeprefix('seed'))] = stored.run
+    return found
+
+
 def table(study: Study) -> str:
-    """A row for each arm: loss in total and by part, and what it costs; means over seeds, and differences to
-    dense with their 95 % interval."""
-    return ''
+    """Two tables: of every arm the losses, the differences to dense and the costs; and the losses by part.
+    Means over seeds, with 95 % intervals of paired differences."""
+    arms, own = measurements(study.arms.name), measurements(study.parts.name)
+    parts = [*study.experts, study.unseen]
+
+    def losses(runs: dict[int, dict], *parts: str) -> dict[int, float]:
+        """seed -> mean loss over parts"""
+        found = {seed: run['measured']['loss'] for seed, run in runs.items()}
+        return {seed: statistics.fmean(loss[part] for part in parts) for seed, loss in found.items()}
+
+    def cost(runs: dict[int, dict], name: str, scale: float, group: str = 'measured') -> float:
+        return statistics.fmean(run[group][name] for run in runs.values()) / scale
+
+    dense = cost(arms['dense'], 'training_flops', 1)
+    head = [
+        '',
+        'parts seen',
+        'less dense',
+        'part not seen',
+        'less dense',
+        'training',
+        'MFLOPs',
+        'ms',
+        'cache',
+    ]
+    lines = [row([*head, 'parameters']), row(['---'] * 10)]
+    for arm, label in ARMS.items():
+        runs, cells = arms[arm], [label]
+        for which in (study.experts, [study.unseen]):
+            one, base = losses(runs, *which), losses(arms['dense'], *which)
+            difference = None if arm == 'dense' else paired(one, base)
+            cells += [f'{statistics.fmean(one.values()):.3f}', with_interval(difference, '+.3f')]
+        cells += [
+            f'{cost(runs, "training_flops", dense):.2f}',
+            f'{cost(runs, "flops_per_token", 1e6):.2f}',
+            f'{cost(runs, "cpu_seconds_per_Mtoken", 1e3):.3f}',
+            f'{cost(runs, "cache_bytes_per_token", 1, "model"):,.0f}',
+            f'{cost(runs, "params", 1e6, "model"):.2f}M',
+        ]
+        lines.append(row(cells))
+    lines += ['', row(['loss by part', *parts]), row(['---'] * (1 + len(parts)))]
+    shown = {label: arms[arm] for arm, label in ARMS.items() if not label.startswith('\N{EN DASH}')}
+    for label, runs in shown.items():
+        lines.append(row([label, *(f'{statistics.fmean(losses(runs, p).values()):.3f}' for p in parts)]))
+    alone = [f'{statistics.fmean(losses(own[p], p).values()):.3f}' for p in parts]
+    lines.append(row(['each expert on its own part', *alone]))
+    seeds = ', '.join(map(str, sorted(arms['dense'])))
+    one = arms['dense'][min(arms['dense'])]
+    where = f'{one["device"]["name"]}, torch {one["versions"]["torch"]}'
+    lines += ['', f'Seeds {seeds}; commit {one["commit"][:9]}; {where}.']
+    return '\n'.join(['', *lines, ''])
+
+
+def row(cells: list[str]) -> str:
+    return '| ' + ' | '.join(cells) + ' |'
 
 
 def main() -> int:
@@ -349,17 +471,25 @@ def main() -> int:
     parser.add_argument('name', choices=KINDS)
     parser.add_argument('--files', nargs='+', default=[], help='source: the rows that the data was made from')
     parser.add_argument('--seeds', default='0,1,2', help='0,1,2')
-    parser.add_argument('--table', action='store_true', help='print the table of what is done')
+    parser.add_argument('--rates', action='store_true', help='try learning rates, on seed 1000')
+    parser.add_argument('--table', action='store_true', help='print the tables of what is done')
+    parser.add_argument('--insert', type=Path, help='with --table: a Markdown file that gets them as well')
     args = parser.parse_args()
     study = Study(args.name)
     if args.table:
-        print(table(study))
+        text = table(study)
+        if args.insert:
+            insert(text, study.arms.name, args.insert)
+        print(text)
         return 0
     if not (ROOT / 'data' / study.data / FILE).exists():
         cut = ['--dataset=' + DATASET, f'--out_dir=data/{study.data}', *study.cut]
         cut += ['--files', *args.files] if args.files else []
         subprocess.run([sys.executable, 'data/cluster.py', *cut], cwd=ROOT, check=True)
     torch.set_num_threads(1)
+    if args.rates:
+        study.sweep()
+        return 0
     for seed in map(int, args.seeds.split(',')):
         study.run_seed(seed)
     return 0

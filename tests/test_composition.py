@@ -1,6 +1,7 @@
 """The composed model against a reference of single tokens; its start, causality, cache, gates, costs."""
 
 import math
+import time
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -128,7 +129,8 @@ def reference(model, row):
                     keys, values = s[: i + 1] @ wk[own].T, s[: i + 1] @ wv[own].T
                     weights = (q[i, h * hs : (h + 1) * hs] @ keys.T / math.sqrt(hs)).softmax(0)
                     heads.append(weights @ values)
-                x[i] = x[i] + gates[i, e] * (reading.c_proj.weight @ torch.cat(heads))
+                found = reading.c_proj.weight @ torch.cat(heads) + reading.c_same.weight @ s[i]
+                x[i] = x[i] + gates[i, e] * found
     return t.ln_f(x)
 
 
@@ -278,9 +280,9 @@ def test_experts_that_no_token_asks_for_are_not_run(monkeypatch):
     model, idx = make(top_k=1, route='text'), tokens(6)
     ran = {}
 
-    def noted(self, name, ids, pos, real, cache=None):
+    def noted(self, name, T, ids, *others):
         ran.setdefault(name, []).append(tuple(ids.shape))
-        return real_run(self, name, ids, pos, real, cache)
+        return real_run(self, name, T, ids, *others)
 
     real_run = Composed.run
     monkeypatch.setattr(Composed, 'run', noted)
@@ -301,6 +303,20 @@ def test_experts_that_no_token_asks_for_are_not_run(monkeypatch):
         seen[name] = i + 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('kind', ['all', 'one per text'])
+@torch.no_grad()
+def test_experts_run_on_streams_of_their_own(kind):
+    model, idx = make(**KINDS[kind]).cuda(), tokens().cuda()
+    with torch.enable_grad():
+        wanted = model.hidden(idx).detach()  # one after the other
+    for _ in range(20):
+        torch.testing.assert_close(model.hidden(idx), wanted, rtol=1e-9, atol=1e-9)
+    cache = model.new_cache(3)
+    found = [model.hidden(idx[:, i : i + 1], cache) for i in range(24)]
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted, rtol=1e-9, atol=1e-9)
+
+
 # -----------------------------------------------------------------------------
 # Costs
 
@@ -313,6 +329,17 @@ def counted(model, *args) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args)
     return counter.get_total_flops()
+
+
+@torch.no_grad()
+def seconds(run) -> float:
+    """The fastest of three."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 @pytest.mark.parametrize('kind', ['all', 'reflex base', 'lowest layer'])
@@ -343,9 +370,13 @@ def test_composing_k_of_n_costs_little_more_than_the_models_that_run(k):
     base = GPT(CPU, seed=0).eval()
     alone = counted(base, idx)
     head = 2 * base.lm_head.weight.numel() * idx.numel()
-    found = counted(model, idx)
-    assert found <= 1.1 * (alone + k * (alone - head))
+    found, parts = counted(model, idx), alone + k * (alone - head)
+    assert found <= 1.1 * parts
     assert found == idx.numel() * model.flops_per_token(backward=False)
+    ratio = seconds(lambda: model(idx)) / (seconds(lambda: base(idx)) + k * seconds(lambda: base.hidden(idx)))
+    print(
+        f'{k} of 4 experts: {found / parts:.3f} times the FLOPs, {ratio:.2f} times the seconds of the parts'
+    )
 
 
 def held_for_backward(model, idx) -> int:
@@ -374,6 +405,7 @@ def test_training_the_joints_needs_little_of_the_memory_of_fine_tuning():
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
         needs.append(held_for_backward(m, idx) + 12 * trained)
     assert needs[0] <= 0.6 * needs[1], needs
+    print(f'4 experts joined: {needs[0] / needs[1]:.2f} of what fine-tuning the base needs')
 
 
 def test_no_frozen_weight_gets_a_gradient():

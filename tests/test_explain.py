@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import explain
+from composition import Composed, ComposedConfig, Expert
 from configurator import ConfigError
 from data.tokenizer import Bytes
 from model import GPT, GPTConfig
@@ -18,9 +19,12 @@ from runs.models import load_model
 TEXT = 'Straße </script> & <b>"ё"</b>\nnot every word matters as much'
 
 
+SIZE = {'block_size': 96, 'vocab_size': 257, 'n_layer': 3, 'n_head': 4, 'n_embd': 32}
+EXPERTS = {'law': {'n_embd': 48}, 'code': {'n_layer': 2, 'attention': 'leap'}}
+
+
 def gpt(**changes):
-    config = {'block_size': 96, 'vocab_size': 257, 'n_layer': 3, 'n_head': 4, 'n_embd': 32, **changes}
-    model = GPT(GPTConfig(**config), seed=0).eval()
+    model = GPT(GPTConfig(**{**SIZE, **changes}), seed=0).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -95,6 +99,39 @@ def test_the_last_token_pays_nothing_outside_its_window():
     for view in views:
         paid = torch.tensor(view.heads)
         assert (paid[:, :15] == 0).all() and (paid[:, 15:] > 0).all()
+
+
+def composed(**changes) -> Composed:
+    parts = {name: GPTConfig(**{**SIZE, **more}) for name, more in EXPERTS.items()}
+    experts = tuple(Expert(name, '', config) for name, config in parts.items())
+    model = Composed(ComposedConfig(**SIZE, experts=experts, **changes), seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty_like(p).normal_(0, 0.3, generator=generator))
+    return model
+
+
+def test_a_composed_model_shows_whom_tokens_ask_for_and_what_is_read_of_experts():
+    """What experts look at themselves is no view."""
+    model = composed(top_k=1, reads='1 2(heads=3, depth=1)')
+    views = explain.look(model, list(range(20)))
+    gates = next(view for view in views if view.names)
+    assert gates.title == 'layer 1: which expert each token asks for' and gates.names == ('law', 'code')
+    asked = torch.tensor(gates.heads)  # (experts, T)
+    assert ((asked > 0).sum(0) == 1).all() and (asked > 0).any(1).all() and asked.max() <= 1
+    titles = [view.title for view in views if 'what heads read' in view.title]
+    assert titles == [
+        'layer 1: what heads read of law after 2 of its blocks',
+        'layer 1: what heads read of code after 1 of its blocks',
+        'layer 2: what heads read of law after 1 of its blocks',
+        'layer 2: what heads read of code after 1 of its blocks',
+    ]
+    assert len(views) == 3 + 1 + 4  # of the base's layers, of the gates, of the readings
+    for view in views:
+        if not view.names:
+            torch.testing.assert_close(view.weights().sum(1), torch.ones(len(view.heads)))
+    assert [len(view.heads) for view in views][-1] == 3
 
 
 def test_looking_leaves_the_model_as_it_was():

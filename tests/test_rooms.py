@@ -120,7 +120,7 @@ def answer(program, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('program', ['train.py', 'sample.py', 'eval.py', 'bench.py'])
+@pytest.mark.parametrize('program', ['train.py', 'sample.py', 'eval.py', 'bench.py', 'compose.py'])
 def test_help_and_typos_are_answered_before_torch_is_imported(program):
     status, out, err = answer(program, '--threds=3')
     assert status == 2 and out.endswith('torch: False\n'), out + err
