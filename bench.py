@@ -37,6 +37,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from configurator import ConfigError, check_first, configure, run_program
 from runs.knobs import Knobs, check, config_file, model_config
@@ -341,7 +342,7 @@ def spread(values) -> dict:
     return {'median': middle, 'quartiles': [low, high]}
 
 
-def taking_turns(names, turn, rounds: int, until: float = 0.0) -> dict[str, list[float]]:
+def taking_turns(names, turn, rounds: int, until: float = 0.0) -> dict[Any, list[float]]:
     """turn(name) -> seconds, of every arm in every round; who begins rotates. until: of time.monotonic(),
     when no other round begins, except the first."""
     seconds = {name: [] for name in names}
@@ -387,7 +388,7 @@ def bench_training(args) -> dict:
         return args.clock() - began
 
     seconds = taking_turns(names, turn, args.rounds, until)
-    peak, rows = metrics.peak_flops(args.device), {}
+    peak, rows = metrics.peak_flops(args.device), dict[str, dict]()
     for name in names:
         k = args.knobs.get(name) or args.knobs[args.arms[0]]
         tokens = args.steps * k.batch_size * k.block_size
@@ -622,7 +623,8 @@ def bench_tokens(args) -> dict:
     idx = torch.zeros(1, 1, dtype=torch.long, device=args.device)
     with autocast_for(args.device, args.dtype):
         prepare(args.arms[0], args)
-        seconds, drawn = {}, {}
+        seconds: dict[Any, float] = {}  # by how many tokens are guessed, or 'steps'
+        drawn: dict[Any, torch.Tensor] = {}
         for lookup in (0, LOOKUP):
             model.generate(idx, 20, temperature=0, lookup=lookup)
             began = args.clock()
@@ -682,7 +684,8 @@ def bench_race(args) -> dict:
     data = open_data(data_folder(k.dataset), k.block_size)
     windows = eval_windows(data.splits['val'], k.block_size, k.eval_iters * k.batch_size)
     autocast = partial(autocast_for, args.device, args.dtype)
-    arms, rows = {}, {name: {'curve': []} for name in racers}
+    arms: dict = {}
+    rows: dict[str, dict] = {name: {'curve': []} for name in racers}
 
     def evaluate(model):
         model.eval()

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from layers.contract import PADDING, Counted
 from layers.heads import KVCache, attend
-from layers.plans import Head
 from layers.positions import POSITIONS
 from layers.registry import ATTENTIONS
 from layers.spec import by_layer
@@ -41,6 +40,13 @@ from model import GPT, Cache, GPTConfig, count, flops, generator_of
 
 ROUTES = ('token', 'text')
 NAME = re.compile(r'[A-Za-z0-9_-]+')  # of an expert: its file, and what its weights are called
+
+
+class ExpertHead(NamedTuple):
+    """Where one head reads its key and its value: (expert, depth in blocks of the expert, head)."""
+
+    key: tuple[str, int, int]
+    value: tuple[str, int, int]
 
 
 class Read(NamedTuple):
@@ -163,15 +169,15 @@ class ComposedConfig(GPTConfig):
     def read_list(self) -> list[Read]:
         return parse_reads(self.reads, self.n_layer, self.n_head)
 
-    def plan(self, expert: Expert) -> dict[int, list[Head | None]]:
+    def plan(self, expert: Expert) -> dict[int, list[ExpertHead | None]]:
         """For each layer that reads, what each head of the base reads of the expert, in the language of head
-        plans: Head(key, value) with sources (expert, depth, head), the depth in blocks of the expert and the
+        plans: (key, value) with sources (expert, depth, head), the depth in blocks of the expert and the
         head among those that are projected there; None for a head that reads nothing."""
-        table = {}
+        table: dict[int, list[ExpertHead | None]] = {}
         for read in self.read_list():
             depth = read.depth or max(1, round((read.layer + 1) * expert.config.n_layer / self.n_layer))
             sources = [(expert.name, depth, i) for i in range(read.heads)]
-            table[read.layer] = [None] * (self.n_head - read.heads) + [Head(s, s) for s in sources]
+            table[read.layer] = [None] * (self.n_head - read.heads) + [ExpertHead(s, s) for s in sources]
         return table
 
 
@@ -195,7 +201,7 @@ class Gate(nn.Module):
 class Reading(Counted):
     """What heads of one layer of the base read of one expert."""
 
-    def __init__(self, config: ComposedConfig, width: int, row: list[Head | None]):
+    def __init__(self, config: ComposedConfig, width: int, row: list[ExpertHead | None]):
         """width: of the expert's stream; row: of ComposedConfig.plan."""
         super().__init__()
         self.asking = [h for h, head in enumerate(row) if head is not None]
@@ -384,6 +390,7 @@ class Composed(GPT):
     what joins it. Only the joints are trained, and only they are in a checkpoint: base and experts have files
     of their own (runs/parts.py)."""
 
+    config: ComposedConfig
     config_class = ComposedConfig
     apart = ('transformer.', 'lm_head.', 'experts.')
     steps = False  # experts have caches of their own, and a router of who is asked

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,8 +67,9 @@ def compiled(model: LanguageModel, k: Knobs, device: str):
 class TrainingStep:
     """Gradients of a batch, then an update; between the two the caller may look at loss and gradient norm."""
 
-    def __init__(self, k: Knobs, group: Ranks, model, optimizer, tokens, device: str, dtype: str):
-        """tokens: of the training split. dtype: of autocast, 'float32', 'bfloat16' or 'float16'."""
+    def __init__(self, k: Any, group: Ranks, model, optimizer, tokens, device: str, dtype: str):
+        """k: Knobs, or other TrainingKnobs with block_size and dropout. tokens: of the training split. dtype:
+        of autocast, 'float32', 'bfloat16' or 'float16'."""
         self.k, self.group, self.model, self.optimizer = k, group, model, optimizer
         self.tokens, self.device = tokens, device
         self.device_type = device.split(':')[0]

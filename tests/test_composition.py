@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from composition import Composed, ComposedConfig, Expert, parse_reads
-from layers.plans import Head
+from composition import Composed, ComposedConfig, Expert, ExpertHead, parse_reads
 from model import GPT, GPTConfig
 
 BASE = GPTConfig(block_size=24, vocab_size=64, n_layer=4, n_head=4, n_embd=32)
@@ -430,8 +429,8 @@ def test_reads_are_a_head_plan():
     assert c.reads == '1(heads=1) 3(heads=2, depth=2)'
     wide = c.plan(c.experts[0])
     assert wide == {
-        1: [None, None, None, Head(('wide', 2, 0), ('wide', 2, 0))],  # half of 3 blocks, rounded
-        3: [None, None, *(Head(('wide', 2, i), ('wide', 2, i)) for i in range(2))],
+        1: [None, None, None, ExpertHead(('wide', 2, 0), ('wide', 2, 0))],  # half of 3 blocks, rounded
+        3: [None, None, *(ExpertHead(('wide', 2, i), ('wide', 2, i)) for i in range(2))],
     }
     assert [c.plan(e)[1][3].key[1] for e in c.experts] == [2, 3, 2]
     assert [str(read) for read in parse_reads('', 6, 8)] == ['3(heads=4)', '5(heads=4)']
