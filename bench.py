@@ -161,7 +161,7 @@ from torch.nn import functional as F
 
 from data.tokendata import eval_windows, get_batch, open_data
 from decoding import Decoder, way
-from layers.loss import FUSED_ROWS, ROWS, TRITON, linear_cross_entropy
+from layers.loss import FUSED_ROWS, ROWS, fused_works, linear_cross_entropy
 from model import GPT, GPTConfig
 from runs import metrics
 from runs.datasets import data_folder
@@ -559,7 +559,7 @@ def bench_loss(args) -> dict:
     targets = torch.randint(args.vocab, (N,), device=device)
     compiled = torch.compile(linear_cross_entropy) if args.compile != 'false' else linear_cross_entropy
     ways = {'all rows at once': (compiled, N), 'as trained': (linear_cross_entropy, None)}
-    if device.startswith('cuda') and TRITON:
+    if fused_works(device.split(':')[0]):
         ways |= {f'fused, {rows} rows': (linear_cross_entropy, rows) for rows in (ROWS['cuda'], FUSED_ROWS)}
 
     def turn(name):

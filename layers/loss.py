@@ -8,7 +8,9 @@ twice. Ideas: "Cut Your Losses" (Wijmans et al., 2024), and gradients in the for
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -23,13 +25,49 @@ LOGITS = 2**20
 FUSED_ROWS = 8192  # where one kernel makes loss and gradient: on an H100 a step takes 41.8 ms, with 2048 46.8
 
 
-TRITON = importlib.util.find_spec('triton') is not None
+@torch.compiler.assume_constant_result
+def fused_works(device: str) -> bool:
+    """Whether Triton is here and its kernel computes on this device what it should: tried once per process on
+    a few rows, so that a compiler or a card it does not suit costs a warning, and not the training."""
+    return _tried(device)
+
+
+@functools.cache
+def _tried(device: str) -> bool:
+    if device != 'cuda' or importlib.util.find_spec('triton') is None:
+        return False
+    try:
+        return _kernel_is_right(device)
+    except Exception as e:  # whatever Triton, its compiler or the driver raise
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warnings.warn(f'the fused loss does not run here, another way is taken: {reason}', stacklevel=2)
+        return False
+
+
+def _kernel_is_right(device: str) -> bool:
+    """The kernel's losses and gradients of a few rows against those of F.cross_entropy; False with a warning
+    where they differ."""
+    from layers.fused_loss import loss_and_gradient  # imports triton
+
+    with without_autocast(device), torch.enable_grad():
+        numbers = torch.arange(5 * 9001, device=device, dtype=torch.float32).view(5, 9001)
+        logits = (4 * torch.sin(numbers)).to(torch.bfloat16)
+        labels = torch.tensor([0, 9000, -1, 17, 8192], device=device)
+        exact = logits.float().requires_grad_()
+        wanted = F.cross_entropy(exact, labels, ignore_index=-1, reduction='none')
+        (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+        found = loss_and_gradient(logits, labels, 0.0)
+    right = torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    right = right and torch.allclose(logits.float(), gradient, rtol=1e-2, atol=1e-5)
+    if not right:
+        warnings.warn('the fused loss computes something else here: another way is taken', stacklevel=2)
+    return right
 
 
 def way(device: str, dtype, triton: bool, compiling: bool) -> str:
     """How the loss of many rows is made: 'fused' (one kernel for loss and gradient, in chunks), 'whole' (all
-    rows at once, which inductor fuses) or 'chunks'. dtype: of the logits; triton: whether it is installed;
-    compiling: whether torch.compile is at work."""
+    rows at once, which inductor fuses) or 'chunks'. dtype: of the logits; triton: whether the kernel works
+    here; compiling: whether torch.compile is at work."""
     if device != 'cuda':
         return 'chunks'
     if triton and dtype in (torch.bfloat16, torch.float16):
@@ -58,7 +96,7 @@ def linear_cross_entropy(
     N, V, device = hidden.size(0), weight.size(0), hidden.device.type
     autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta tensors know no autocast
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    how = way(device, dtype, TRITON, torch.compiler.is_compiling())
+    how = way(device, dtype, fused_works(device), torch.compiler.is_compiling())
     if rows is None:
         some = {'fused': FUSED_ROWS, 'whole': N, 'chunks': ROWS.get(device, ROWS['cuda'])}[how]
         rows = max(some, LOGITS // V)

@@ -1,5 +1,6 @@
 """The chunked loss against the plain one: the same loss and the same gradients, and never all the logits."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -220,3 +221,19 @@ def test_the_fused_loss_and_its_gradients():
         for a, b in zip(fused, chunked, strict=True):
             # the interpreter cuts what it stores in bf16 off, where a GPU rounds: up to twice the error
             assert a < (2 * b + 1e-6 if i % 2 else 2e-6), (i, fused, chunked)
+
+
+def test_a_kernel_that_does_not_work_costs_a_warning(monkeypatch):
+    assert not loss_module.fused_works('cpu')
+    if importlib.util.find_spec('triton') is None:
+        monkeypatch.setattr(loss_module.importlib.util, 'find_spec', lambda name: name)
+
+    def fails(device):
+        raise RuntimeError('no such instruction\nand more')
+
+    monkeypatch.setattr(loss_module, '_kernel_is_right', fails)
+    loss_module._tried.cache_clear()
+    with pytest.warns(UserWarning, match='does not run here, another way is taken: no such instruction$'):
+        assert not loss_module.fused_works('cuda')
+    assert not loss_module.fused_works('cuda')  # told once
+    loss_module._tried.cache_clear()
