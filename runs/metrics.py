@@ -119,10 +119,6 @@ class Metrics:
                 kept = [record for record in read_jsonl(self.path) if record['iter'] <= resume_iter]
             except ValueError as e:
                 raise files.FileError(str(e)) from None
-            except (KeyError, TypeError):
-                raise files.FileError(
-                    f'{self.path} has a line that is no record with an iter: delete the line'
-                ) from None
             files.write_text(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
         self.file = open(self.path, 'w' if resume_iter is None else 'a', encoding='utf-8')
         self.update()

