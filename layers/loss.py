@@ -22,6 +22,7 @@ from layers.windowed_mean import without_autocast
 # adding up the weight's gradient, once per chunk, does not show. CPU: 1.2 to 2 times as fast as all at once.
 ROWS = {'cpu': 512, 'cuda': 2048}
 LOGITS = 2**20
+FUSED = 'layers.fused_loss'  # imports triton; an exported model, whose code is one file, goes without it
 FUSED_ROWS = 8192  # where one kernel makes loss and gradient: on an H100 a step takes 41.8 ms, with 2048 46.8
 
 
@@ -34,7 +35,7 @@ def fused_works(device: str) -> bool:
 
 @functools.cache
 def _tried(device: str) -> bool:
-    if device != 'cuda' or importlib.util.find_spec('triton') is None:
+    if device != 'cuda' or not all(map(importlib.util.find_spec, ('triton', 'layers', FUSED))):
         return False
     try:
         return _kernel_is_right(device)
@@ -47,8 +48,7 @@ def _tried(device: str) -> bool:
 def _kernel_is_right(device: str) -> bool:
     """The kernel's losses and gradients of a few rows against those of F.cross_entropy; False with a warning
     where they differ."""
-    from layers.fused_loss import loss_and_gradient  # imports triton
-
+    loss_and_gradient = importlib.import_module(FUSED).loss_and_gradient
     with without_autocast(device), torch.enable_grad():
         numbers = torch.arange(5 * 9001, device=device, dtype=torch.float32).view(5, 9001)
         logits = (4 * torch.sin(numbers)).to(torch.bfloat16)
@@ -142,8 +142,7 @@ def _chunked(hidden, weight, targets, ignore_index, rows, dtype, softcap, grad_h
 
 def _fused(hidden, weight, targets, ignore_index, rows, dtype, softcap, grad_hidden, grad_weight):
     """As _chunked, which needs half a dozen passes over the logits where one kernel needs two."""
-    from layers.fused_loss import loss_and_gradient  # imports triton
-
+    loss_and_gradient = importlib.import_module(FUSED).loss_and_gradient
     exact = torch.promote_types(dtype, torch.float32)
     w, counted = weight.to(dtype), targets != ignore_index
     labels = targets.masked_fill(~counted, -1)

@@ -290,7 +290,13 @@ def test_a_model_that_knows_the_answers_has_an_accuracy_of_one(mqar):
     model, k = Knows(), SimpleNamespace(block_size=64, batch_size=8, eval_iters=0)
     real = SimpleNamespace(config=SimpleNamespace(vocab_used=131))
     step = SimpleNamespace(
-        k=k, compiled=model, model=real, group=Ranks(), device='cpu', autocast=partial(torch.autocast, 'cpu')
+        sharded=False,
+        k=k,
+        compiled=model,
+        model=real,
+        group=Ranks(),
+        device='cpu',
+        autocast=partial(torch.autocast, 'cpu'),
     )
     assert accuracies(step, rows) == {'val/accuracy': 1.0}
     assert model.training
