@@ -120,9 +120,12 @@ def test_every_kept_study_is_read_in_full():
     finished = 0
     for path in sorted((ROOT / 'results').glob('*.jsonl')):
         runs = find_runs([str(path)])
-        assert all(run.finished and run.tokens_per_s > 0 for run in runs), path
+        assert all(run.finished for run in runs), path
         assert len(runs) == len(path.read_text(encoding='utf-8').splitlines())
-        finished += len(runs)
+        trained = [run for run in runs if run.config['max_iters'] > 0 and 'ensemble' not in str(run.folder)]
+        trained = [run for run in trained if 'average' not in str(run.folder)]  # made of others' weights
+        assert all(run.tokens_per_s > 0 for run in trained), path
+        finished += len(trained)
     assert finished >= 271
 
 
