@@ -19,18 +19,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny models: a second thread on
 
 # `pytest -m fast`, a minute: modules whose tests start no process and compile nothing
 FAST = (
-    *(
-        'arms',
-        'configurator',
-        'declared',
-        'draw_plan',
-        'gated_delta',
-        'loss',
-        'model',
-        'data_reader',
-        'peers',
-    ),
-    *('pretrained', 'readme', 'records', 'spec', 'step', 'tokendata', 'tokenizer'),
+    *('arms', 'configurator', 'declared', 'draw_plan', 'gated_delta', 'data_reader', 'peers', 'pretrained'),
+    *('readme', 'records', 'spec', 'step', 'tokendata', 'tokenizer'),
 )
 
 
