@@ -62,7 +62,7 @@ from runs.files import FileError
 from runs.models import load_model
 from runs.optimizer import make_optimizer
 from runs.parts import BASE, PARTS, fingerprint, load_parts, part_file, write_part
-from runs.ranks import Ranks, StopRequest, TrainingError
+from runs.ranks import Ranks, StopRequest
 from runs.resume import Keeper, refuse_other_run, restore
 from runs.schedule import doubts, learning_rate_at
 from runs.start import claimed, read_knobs
@@ -274,6 +274,7 @@ def train(k: Knobs, argv, model: Composed, data, state: dict | None, device: str
                     stop.agreed = True  # the resumed run evaluates here
                 else:
                     say(f'iter {it:>6}: train {losses["train"]:.4f}, val {losses["val"]:.4f}')
+                    keeper.refuse_losses(it, losses)
                     fresh, evaluated, best = True, True, losses['val'] < best_val_loss
                     best_val_loss = min(best_val_loss, losses['val'])
                     values = {'iter': it, 'train/loss': losses['train'], 'val/loss': losses['val']}
@@ -285,11 +286,7 @@ def train(k: Knobs, argv, model: Composed, data, state: dict | None, device: str
             started, lr = time.perf_counter(), learning_rate_at(it, k)
             stopping = bool(stop.reason) or saver.error is not None
             loss, grad_norm, stop.agreed = step.gradients(it, stopping)
-            if not step.finite(loss, grad_norm):
-                raise TrainingError(
-                    f'iteration {it}: loss {loss}, gradient norm {grad_norm}; first not finite: '
-                    f'{step.blame(it)}. The update was not made. {keeper.go_back()}'
-                )
+            keeper.refuse_gradients(it, loss, grad_norm)
             step.update(lr)
             it, evaluated = it + 1, False
             seconds += time.perf_counter() - started
@@ -301,9 +298,15 @@ def train(k: Knobs, argv, model: Composed, data, state: dict | None, device: str
                 progress.show(values, seconds)
         saver.wait()
         status = 'finished' if done and evaluated else 'stopped'
+    except Exception:
+        keeper.refuse_other_tokens()  # then that is the reason, whatever it led to
+        raise
     finally:
         progress.close()
-        with contextlib.suppress(*[FileError] * (status == 'failed')):
+        quietly = contextlib.suppress(*[FileError] * (status == 'failed'))
+        with quietly:
+            saver.wait(k.dist_timeout)
+        with quietly:
             record.end(status, it, seconds, best_val_loss, device)
         stop.release_signals()
     if status == 'stopped':

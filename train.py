@@ -37,7 +37,6 @@ from runs.optimizer import make_optimizer
 from runs.ranks import (
     Ranks,
     StopRequest,
-    TrainingError,
     leave,
     main_rank_first,
     ranks,
@@ -119,9 +118,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
                     found = accuracies(step, data.splits['val'])
                     told = f', accuracy {found["val/accuracy"]:.1%}' if found else ''
                     say(f'iter {it:>6}: train {losses["train"]:.4f}, val {losses["val"]:.4f}{told}')
-                    if not all(map(math.isfinite, losses.values())):
-                        what = f'the evaluation gives {losses}'
-                        raise TrainingError(f'iteration {it}: {what}. {keeper.go_back()}')
+                    keeper.refuse_losses(it, losses)
                     fresh, evaluated, best = True, True, losses['val'] < best_val_loss
                     best_val_loss = min(best_val_loss, losses['val'])
                     values = {'iter': it, 'train/loss': losses['train'], 'val/loss': losses['val']}
@@ -135,9 +132,7 @@ def train(k: Knobs, argv, group: Ranks, stop: StopRequest, config, data, state, 
             lr = learning_rate_at(it, k)
             stopping = bool(stop.reason) or saver.error is not None
             loss, grad_norm, stop.agreed = step.gradients(it, stopping)
-            if not step.finite(loss, grad_norm):
-                what = f'loss {loss}, gradient norm {grad_norm}; first not finite: {step.blame(it)}'
-                raise TrainingError(f'iteration {it}: {what}. The update was not made. {keeper.go_back()}')
+            keeper.refuse_gradients(it, loss, grad_norm)
             step.update(lr)
             it, evaluated = it + 1, False
             seconds += time.perf_counter() - started

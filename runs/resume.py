@@ -76,8 +76,7 @@ class Keeper:
         """best: the validation loss is the lowest so far."""
         self.refuse_other_tokens()
         if not finite(self.step.model):
-            what = 'the last update made weights inf or nan; they were not saved'
-            raise TrainingError(f'iteration {it}: {what}. {self.go_back()}')
+            raise self._failure(it, 'the last update made weights inf or nan; they were not saved')
         if self.step.group.main or self.step.sharded:
             self.saver.save(
                 snapshot(self.step, self.data, it, evaluated, best_val_loss, seconds, watches), best
@@ -91,9 +90,20 @@ class Keeper:
                 'file back and go on with --init_from=resume, or start another run'
             )
 
-    def go_back(self) -> str:
-        """What to do after a failure of the training itself."""
-        return f'{self._where()}; a lower learning_rate or a longer warm-up is the usual fix'
+    def refuse_losses(self, it: int, losses: dict[str, float]):
+        """TrainingError where an evaluation after `it` steps is inf or nan."""
+        if not all(map(math.isfinite, losses.values())):
+            raise self._failure(it, f'the evaluation gives {losses}')
+
+    def refuse_gradients(self, it: int, loss: float, grad_norm: float):
+        """TrainingError where step `it` has computed what no update may be made with."""
+        if not self.step.finite(loss, grad_norm):
+            what = f'loss {loss}, gradient norm {grad_norm}; first not finite: {self.step.blame(it)}'
+            raise self._failure(it, f'{what}. The update was not made')
+
+    def _failure(self, it: int, what: str) -> TrainingError:
+        fix = 'a lower learning_rate or a longer warm-up is the usual fix'
+        return TrainingError(f'iteration {it}: {what}. {self._where()}; {fix}')
 
     def _where(self) -> str:
         path = Path(self.step.k.out_dir) / LAST

@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant('train.py', 'lr = learning_rate_at(it, k)', 'lr = learning_rate_at(it + 1, k)', RUNS),
     Mutant('train.py', 'step.update(lr)', 'step.update(k.learning_rate)', RUNS),
     Mutant('train.py', 'unusual if it > warmup else ()', 'unusual', RUNS),
-    Mutant('train.py', 'if not step.finite(loss, grad_norm):', 'if not math.isfinite(loss):', RUNS),
+    Mutant('runs/resume.py', 'self.step.finite(loss, grad_norm)', 'math.isfinite(loss)', RUNS),
     # the schedule
     Mutant(
         'runs/schedule.py', 'k.min_lr + left * (k.learning_rate - k.min_lr)', 'left * k.learning_rate', STEP

@@ -325,7 +325,7 @@ def test_a_loss_scaler_that_finds_no_scale_stops(tmp_path, data, monkeypatch):
         return model
 
     monkeypatch.setattr(train, 'build', broken)
-    with pytest.raises(train.TrainingError) as error:
+    with pytest.raises(ranks.TrainingError) as error:
         start(tmp_path, data)
     line = str(error.value)  # after four halvings of the scale; it does not skip steps for ever
     assert line.startswith('iteration 4: loss ') and 'the gradient of transformer.h.0.mlp.c_fc.weight' in line
@@ -825,7 +825,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(tmp_path, data, stra
             with torch.no_grad():
                 built[0].transformer.h[0].mlp.c_fc.weight[3, 1] = float('nan')
 
-    with happening(6, poison), pytest.raises(train.TrainingError) as error:
+    with happening(6, poison), pytest.raises(ranks.TrainingError) as error:
         start(tmp_path, data)
     first = {
         'output': 'the output of transformer.h.1.mlp.gelu',
@@ -848,10 +848,10 @@ def test_a_value_that_is_not_finite_stops_before_the_update(tmp_path, data, stra
 def test_weights_that_the_last_update_ruined_are_not_saved(tmp_path, data, monkeypatch):
     rate = train.learning_rate_at
     monkeypatch.setattr(train, 'learning_rate_at', lambda it, k: 1e38 if it == 9 else rate(it, k))
-    with pytest.raises(train.TrainingError, match=r'iteration 10: .*last\.pt is of iteration 5'):
+    with pytest.raises(ranks.TrainingError, match=r'iteration 10: .*last\.pt is of iteration 5'):
         start(tmp_path, data)
     monkeypatch.setattr(train, 'evaluate', lambda *args: {'train': 1.0, 'val': 1.0})
-    with pytest.raises(train.TrainingError, match='iteration 10: the last update made weights inf or nan'):
+    with pytest.raises(ranks.TrainingError, match='iteration 10: the last update made weights inf or nan'):
         resume(tmp_path)
     assert checkpoint.load(tmp_path / LAST)['iter'] == 5
 
