@@ -204,7 +204,7 @@ EXPERIMENTS = {
     ),
     'peers': Experiment(
         'How does reflex attention stand against the closest published ideas?',
-        configs('value_residual', 'skip_v1', 'cla', 'lime'),
+        configs('value_residual', 'skip_v1', 'cla', 'lime', 'depth_attention', 'moda'),
         beside='4',
     ),
     'plans': Experiment(

@@ -90,8 +90,9 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             q, k = (t.float() for t in args[:2])  # (B, n_head, T, head_size)
-            scores = (q @ k.mT / math.sqrt(q.size(-1)))[0]  # (n_head, T, T), reader first
-            mask = (kwargs or {}).get('attn_mask')
+            kwargs = kwargs or {}
+            scale, mask = kwargs.get('scale') or q.size(-1) ** -0.5, kwargs.get('attn_mask')
+            scores = (q @ k.mT * scale)[0]  # (n_head, T, T), reader first
             seen = torch.ones_like(scores[0], dtype=torch.bool).tril() if mask is None else mask[0]
             self.see(scores.masked_fill(~seen, -math.inf).softmax(-1))
         return function(*args, **(kwargs or {}))
@@ -119,6 +120,7 @@ def look(model, ids: list[int]) -> list[View]:
         if not reads:  # an expert's own
             return
         title, readers = f'layer {layer}: {reads}', None
+        weights = weights[:, -len(ids) :, -len(ids) :]  # moda has one key more, in front of the tokens
         if len(ids) <= READERS:
             readers = [[row[: i + 1] for i, row in enumerate(head)] for head in weights.tolist()]
         views.append(View(title, False, 0, weights[:, -1].tolist(), readers))

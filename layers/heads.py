@@ -89,14 +89,14 @@ class ReadCache(KVCache):
 DROPOUT_BLOCK = 256  # queries at a time in causal attention with dropout on CPU; 128 is as fast
 
 
-def attend(q, k, v, mask=None, dropout_p=0.0):
+def attend(q, k, v, mask=None, dropout_p=0.0, scale=None):
     """Attention of q (B, H, T, hs) over k, v (B, H, S >= T, hs): as mask (…, T, S) says, else causal, with
-    the T queries those of the last T keys."""
+    the T queries those of the last T keys. scale: of scores; None: 1 / √hs."""
     learns = q.requires_grad or k.requires_grad
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and learns and q.size(3) < 64:
         # torch's backward pass on CPU is 3 (hs 16) to 5 times (hs 32) as slow in bf16 as in fp32
         with torch.autocast('cpu', enabled=False):
-            return attend(q.float(), k.float(), v.float(), mask, dropout_p).type_as(q)
+            return attend(q.float(), k.float(), v.float(), mask, dropout_p, scale).type_as(q)
     T, S = q.size(2), k.size(2)
     if mask is None and dropout_p > 0 and q.device.type == 'cpu' and T > DROPOUT_BLOCK:
         # torch's kernel for CPU takes no dropout; what it does in its place passes over all T x T weights
@@ -104,13 +104,15 @@ def attend(q, k, v, mask=None, dropout_p=0.0):
         for start in range(0, T, DROPOUT_BLOCK):
             some = q[:, :, start : start + DROPOUT_BLOCK]  # (B, H, up to DROPOUT_BLOCK, hs)
             end = S - T + start + some.size(2)
-            blocks.append(attend(some, k[:, :, :end], v[:, :, :end], None, dropout_p))
+            blocks.append(attend(some, k[:, :, :end], v[:, :, :end], None, dropout_p, scale))
         return torch.cat(blocks, dim=2)  # (B, H, T, hs)
     if mask is None and 1 < T < S:
         mask = q.new_ones(T, S, dtype=torch.bool).tril(S - T)
     causal = mask is None and bool(T > 1)  # where a graph is traced, T is no int
     with kernels_for(q, S, mask is not None, learns):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p, scale=scale
+        )
 
 
 def attend_one(q, k, v, mask):

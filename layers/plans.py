@@ -178,10 +178,18 @@ class HeadPlan:
     key_cuts[l]        sizes of the segments that layer l's produced keys are split into for its readers
     value_reads, value_cuts  the same for values
 
-    whole: layers all of whose heads are produced, whoever reads them.
+    whole: layers all of whose heads are produced, whoever reads them. mixed: layers that one above mixes into
+    its own, whatever its heads read.
     """
 
-    def __init__(self, table: list[list[Head]], n_head: int, whole: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        table: list[list[Head]],
+        n_head: int,
+        whole: frozenset[int] = frozenset(),
+        mixed: frozenset[int] = frozenset(),
+    ):
+        self.mixed = mixed
         self.heads = [[Head(*head) for head in layer] for layer in table]
         for l, layer in enumerate(self.heads):
             if len(layer) != n_head:
@@ -196,6 +204,11 @@ class HeadPlan:
         keys, values = ([[head[i] for head in layer] for layer in self.heads] for i in (0, 1))
         self.keys, self.key_cuts, self.key_reads = _gather_plan(keys, n_head, whole)
         self.values, self.value_cuts, self.value_reads = _gather_plan(values, n_head, whole)
+
+    def read_above(self, layer: int) -> bool:
+        """Whether a layer above reads keys or values of this one."""
+        above = {source for row in self.heads[layer + 1 :] for head in row for source, _ in head}
+        return layer in above or layer in self.mixed
 
     def own(self, layer: int) -> bool:
         """Whether all heads of the layer read their own key and value: plain self-attention."""

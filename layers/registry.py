@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from layers.contract import Attention, Place
+from layers.depth import DepthAttention, MixtureOfDepthsAttention
 from layers.gated_delta import GatedDeltaAttention
 from layers.heads import HeadPlanAttention
 from layers.leap import AdditiveAttention, LeapAttention
@@ -67,6 +68,8 @@ ATTENTIONS = {
     'layer0_residual': Kind(ValueResidualAttention, layer0),
     'lime': Kind(LimeAttention, vanilla),
     'learned_split': Kind(LearnedSplitAttention, vanilla),
+    'depth_attention': Kind(DepthAttention, vanilla),
+    'moda': Kind(MixtureOfDepthsAttention, vanilla),
     # a head plan with other inputs or outputs
     'midpoint': Kind(MidpointAttention, vanilla),
     'exclusive': Kind(ExclusiveAttention, vanilla),
@@ -114,7 +117,9 @@ def head_plan(config) -> HeadPlan | None:
     table = _table(config, words, Shape(len(words), config.n_head))
     layers = [_kind(config, word).layer for word in words]
     reading = [l for l, layer in enumerate(layers) if l and layer.reads_all]
-    plan = HeadPlan(table, config.n_head, frozenset(range(max(reading, default=-1) + 1)))
+    mixing = [l for l, layer in enumerate(layers) if l and layer.mixes_earlier]
+    whole, mixed = range(max(reading, default=-1) + 1), range(max(mixing, default=0))
+    plan = HeadPlan(table, config.n_head, frozenset(whole), frozenset(mixed))
     for l, heads in enumerate(plan.heads):
         for source in {layer for head in heads for layer, _ in head} - {l}:
             if source and not layers[source].published_past:

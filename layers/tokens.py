@@ -93,9 +93,7 @@ class EmbeddingValueAttention(HeadPlanAttention):
         rows = [2 * config.n_head + h for h in last]
         self.c_embed = HeadLinear(config.n_embd, self.head_size, rows, 3 * config.n_head, bias=config.bias)
         self.description += f', values of {heads} heads from the embedding'
-        above = place.plan.heads[place.planned + 1 :]
-        sources = {l for row in above for head in row for l, _ in head}
-        self.keeps_values = place.planned in sources
+        self.keeps_values = place.plan.read_above(place.planned)
 
     def projected_values(self, plan: HeadPlan, layer: int) -> list[int]:
         return plan.values[layer][: len(plan.values[layer]) - self.of_tokens]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from configurator import configure
 from conftest import random_gpt
+from layers.depth import attend_over_both, scores_of
 from layers.heads import HeadPlanAttention, KVCache
 from layers.tokens import TokenCache
 from model import GPT, GPTConfig
@@ -43,11 +44,16 @@ class Reference:
         """What head h takes of its weighted sum y of values v."""
         return y
 
+    def attention(self, l, h, q, k, v):
+        """q, k, v (B, T, hs) of head h -> (B, T, hs)"""
+        causal = torch.ones(q.size(1), q.size(1), dtype=torch.bool).tril()
+        scores = q @ k.transpose(1, 2) / math.sqrt(self.hs)  # (B, T, T)
+        return scores.masked_fill(~causal, -math.inf).softmax(-1) @ v
+
     def logits(self, idx):
         t, (_, T) = self.t, idx.shape
         x = t.wte.weight[idx] + t.wpe.weight[:T]
         self.inputs = []
-        causal = torch.ones(T, T, dtype=torch.bool).tril()
         for l, block in enumerate(t.h):
             normed = F.layer_norm(x, (self.C,), block.ln_1.weight, block.ln_1.bias)
             self.inputs.append(normed)
@@ -56,9 +62,7 @@ class Reference:
             k, v = self.keys(l, normed, idx), self.values(l, normed, idx)
             out = []
             for h in range(self.n_head):
-                scores = q[h] @ k[h].transpose(1, 2) / math.sqrt(self.hs)  # (B, T, T)
-                weights = scores.masked_fill(~causal, -math.inf).softmax(-1)
-                out.append(self.read(l, h, weights @ v[h], v[h]))
+                out.append(self.read(l, h, self.attention(l, h, q[h], k[h], v[h]), v[h]))
             x = (
                 x
                 + torch.cat(out, dim=2) @ attn.c_proj.weight.T
@@ -100,6 +104,55 @@ class Exclusive(Reference):
         return y - along * v
 
 
+class Depth(Reference):
+    """Sources are layers 0, 2, 4 below a layer; what they have mixed, not what they project."""
+
+    def keys(self, l, x, idx):
+        self.made = {} if l == 0 else self.made
+        self.q = self.heads(x, *self.weights(l), 0, self.n_head)
+        self.made[l] = super().keys(l, x, idx), None
+        return self.made[l][0]
+
+    def weights(self, l):
+        return self.t.h[l].attn.c_attn.weight, self.t.h[l].attn.c_attn.bias
+
+    def values(self, l, x, idx):
+        keys, own = self.made[l][0], super().values(l, x, idx)
+        self.made[l] = keys, own
+        from_layers, mixed = [*range(0, l, 2), l], []
+        for h in range(self.n_head):
+            asked = [(self.q[h] * self.made[j][0][h]).sum(-1) / math.sqrt(self.hs) for j in from_layers]
+            shares = torch.stack(asked).softmax(0)  # (sources, B, T)
+            parts = zip(shares, from_layers, strict=True)
+            mixed.append(sum(share[..., None] * self.made[j][1][h] for share, j in parts))
+        self.made[l] = keys, mixed
+        return mixed
+
+
+class Moda(Reference):
+    """One softmax over T tokens and the layers below, a token at a time."""
+
+    def logits(self, idx):
+        self.below = []
+        return super().logits(idx)
+
+    def attention(self, l, h, q, k, v):
+        T, hs = q.shape[1:]
+        if h == 0:
+            self.below.append(([], []))
+        out = []
+        for t in range(T):
+            depth_k = [keys[h][:, t] for keys, _ in self.below[:-1]]
+            depth_v = [values[h][:, t] for _, values in self.below[:-1]]
+            keys = torch.cat([k[:, : t + 1], *[d[:, None] for d in depth_k]], dim=1)  # (B, t + 1 + l, hs)
+            values = torch.cat([v[:, : t + 1], *[d[:, None] for d in depth_v]], dim=1)
+            weights = (keys @ q[:, t, :, None] / math.sqrt(hs)).softmax(1)  # (B, t + 1 + l, 1)
+            out.append((weights * values).sum(1))
+        self.below[-1][0].append(k)
+        self.below[-1][1].append(v)
+        return torch.stack(out, dim=1)
+
+
 class Gain(Reference):
     """Layer 0's values in the last four heads of layers 1, 2, …, each times its gain."""
 
@@ -122,6 +175,8 @@ ARMS = {
     'vanilla embedding_values(3)*5': EmbeddingValues,
     'midpoint(1)': Midpoint,
     'exclusive': Exclusive,
+    'depth_attention(2)': Depth,
+    'moda': Moda,
     'layer0(8/4-4, gain=head)': Gain,
     'layer0(8/4-4, gain=layer)': Gain,
 }
@@ -165,6 +220,32 @@ def test_values_of_embeddings_are_not_kept_where_nobody_else_reads_them(bias):
     # a layer above reads the heads: they are kept
     read = random_gpt(GPTConfig(**SMALL, attention='embedding_values*3 reflex(4-2-2)*3'))
     assert [type(state) for state in read.new_cache(1).layers[:3]] == [TokenCache, KVCache, KVCache]
+
+
+@pytest.mark.parametrize('above', ['lime', 'learned_split', 'value_residual', 'depth_attention', 'moda'])
+def test_values_of_embeddings_are_kept_where_a_layer_above_mixes_them(above):
+    model = random_gpt(GPTConfig(**SMALL, attention=f'embedding_values*2 {above}*4')).double()
+    idx, cache = tokens(), model.new_cache(2)
+    with torch.no_grad():
+        parts = [model.hidden(part, cache) for part in idx.split([5, 1, 1, 9], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model.hidden(idx), rtol=1e-9, atol=1e-9)
+
+
+def test_one_softmax_over_both_stays_exact_in_bf16():
+    """Though what depth weighs, e^60 and more, has passed through the kernel as a query's number."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, *deep = (torch.randn(2, 4, 32, 80, generator=generator).bfloat16() for _ in range(7))
+    keys, values = [k, deep[0]], deep[2:]  # what a token finds at itself, it finds below as well
+    q = q * 20
+    model = GPT(GPTConfig(**{**SMALL, 'n_embd': 640}, attention='moda'), seed=0)
+    attn = model.transformer.h[2].attn
+    scores = scores_of(q, keys)
+    assert scores.abs().max() > 60
+    found = attn.attend_at_once(q, k, v, None, 0.0, scores, values)
+    exact = [[t.double() for t in given] for given in ((q, k, v), keys, values)]
+    wanted = attend_over_both(*exact[0], None, 0.0, scores_of(exact[0][0], exact[1]), exact[2])[0]
+    error = (found.double() - wanted).abs().max()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps * max(t.abs().max() for t in [v, *values])
 
 
 EMBEDDED, SKIP = 'vanilla embedding_values(4)*5', 'layer0(8/4-4)'
