@@ -16,6 +16,7 @@ import argparse
 import math
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,11 +58,11 @@ def row_of(path: str, arm: str, baseline: str) -> Row | None:
 
 
 def tokens_for(loss: float, ends: list[tuple[int, float]]) -> tuple[float, bool] | None:
-    """(tokens after which the baseline has this loss, whether that lies outside what was run), by lines between
-    ends, [(tokens, loss), …] by their tokens; None where two ends are not there or do not fall."""
+    """(tokens after which the baseline has this loss, whether that lies outside what was run), by lines
+    between ends, [(tokens, loss), …] by their tokens; None where two ends are not there or do not fall."""
     if len(ends) < 2:
         return None
-    for (n, high), (m, low) in zip(ends, ends[1:], strict=False):
+    for (n, high), (m, low) in pairwise(ends):
         last = (m, low) == ends[-1]
         if high > low and (loss >= low or last):
             part = (high - loss) / (high - low)
