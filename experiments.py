@@ -217,7 +217,10 @@ EXPERIMENTS = {
     ),
     'controls': Experiment(
         'Is what values of layer 0 give a path for the identity of tokens?',
-        configs('embedding_values', 'bank', 'x0_skip', 'svformer', 'skip_v1', 'value_residual'),
+        configs(
+            *('embedding_values', 'embedding_values_all', 'bank', 'x0_skip', 'svformer', 'skip_v1'),
+            *('value_residual', 'cla', 'shared_above', 'fused_lite', 'grouped_4'),
+        ),
         beside='4',
     ),
     'modern': Experiment(
