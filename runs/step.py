@@ -90,7 +90,8 @@ class TrainingStep:
                 self.compiled, device_ids=ids, gradient_as_bucket_view=True
             )
         self.inputs = None  # of the next micro-batch, fetched while the device computes
-        self.grad_norm: torch.Tensor | None = None
+        self.grad_norm: torch.Tensor | None = None  # of the gradients that are in the parameters
+        self.norm = math.nan  # the same, told
 
     def begin(self, it: int):
         """Called once, before the first step, which is number `it`."""
@@ -147,8 +148,8 @@ class TrainingStep:
         if self.group.ddp:
             dist.all_reduce(report)
         # the one time that a step waits for the device
-        loss, stopping, norm = torch.cat([report / self.group.world, self.grad_norm[None]]).tolist()
-        return loss, norm, stopping > 0
+        loss, stopping, self.norm = torch.cat([report / self.group.world, self.grad_norm[None]]).tolist()
+        return loss, self.norm, stopping > 0
 
     def finite(self, loss: float, norm: float) -> bool:
         """Whether an update may be made: loss and norm are finite, or the loss scaler will skip this step (it
@@ -165,7 +166,9 @@ class TrainingStep:
         """Clip the gradients, make the step of the optimizer at the rate lr, and drop the gradients."""
         for group in self.optimizer.param_groups:
             group['lr'] = lr * group.get('lr_ratio', 1.0)
-        if self.k.grad_clip:
+        # where the norm is below by more than rounding, or the 1e-6 that torch adds to it, the factor is 1: a
+        # pass over all gradients would change nothing
+        if self.k.grad_clip and not self.norm + 1e-6 < 0.999 * self.k.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.k.grad_clip, self.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -133,6 +133,36 @@ def test_gradients_are_clipped_to_the_norm(clip, factor):
         torch.testing.assert_close(a, factor * b, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    'clip, passes', [(2.0, 0), (1.01, 0), (1.0, 1), (0.5, 1), (0.0, 0), (1e-5, 1), (math.inf, 0)]
+)
+def test_gradients_below_the_norm_are_left_alone(clip, passes, monkeypatch):
+    """No pass over them where torch's factor is exactly 1; what the optimizer sees is the same bit for bit."""
+    ours, always = step_of(SMALL), step_of(SMALL)
+    norm = ours.gradients(3)[1]
+    always.gradients(3)
+    torch.nn.utils.clip_grads_with_norm_(always.model.parameters(), clip * norm or math.inf, always.grad_norm)
+    seen, own = [], torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(torch.nn.utils, 'clip_grads_with_norm_', lambda *args: seen.append(own(*args)))
+    ours.k, always.k = replace(SMALL, grad_clip=clip * norm), replace(SMALL, grad_clip=0.0)
+    for step in (ours, always):
+        step.update(0.1)
+    assert len(seen) == passes
+    for a, b in zip(ours.optimizer.seen, always.optimizer.seen, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('norm', [math.nan, math.inf])
+def test_a_norm_that_is_no_number_is_not_below_the_limit(norm, monkeypatch):
+    """As a step with a loss scaler has it, where gradients overflow: the scaler skips the update."""
+    step, seen = step_of(SMALL), []
+    step.gradients(3)
+    step.norm, step.k = norm, replace(SMALL, grad_clip=1.0)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grads_with_norm_', lambda *args: seen.append(args))
+    step.update(0.1)
+    assert len(seen) == 1
+
+
 def test_every_group_steps_at_its_share_of_the_rate():
     step = step_of(SMALL)
     step.optimizer.param_groups += [{'params': [], 'lr_ratio': 0.5}]
