@@ -61,6 +61,26 @@ PRESETS = {
         {'train': 230, 'decode': 50, 'together': 30, 'loss': 25},
     ),
 }
+# losses of other packages, measured beside ours where they are: (module, function, options)
+BORROWED: dict[str, tuple[str, str, dict]] = {
+    'liger-kernel': (
+        'liger_kernel.transformers.functional',
+        'liger_fused_linear_cross_entropy',
+        {'accum_dtype': 'float32'},  # of the weight's gradient, as in ours
+    ),
+    'cut-cross-entropy': ('cut_cross_entropy', 'linear_cross_entropy', {}),
+}
+# what a kernel or an operation is, by its name: the first pattern that is found counts
+KINDS = {
+    'attention': r'sdpa|flash|fmha|attention',
+    'products': r'gemm|nvjet|cutlass|::(add|b)?mm$|mkldnn::|mkl::',
+    'loss': r'row_kernel|log_softmax|cross_entropy|nll_loss',
+    'norms': r'layer_norm|rms_norm',
+    'joins': r'cat_|_cat\b|::cat|CatArray|_zeros|zero_$|fill_$',
+    'gelu': r'gelu|GELU',
+    'optimizer': r'adam|Adam|multi_tensor|foreach',
+    'casts, copies': r'_to_copy|copy_|Memcpy|Memset',
+}
 LOOKUP = 64  # tokens guessed at a time
 PARTS = ('train', 'alone', 'generate', 'tokens', 'race', 'decode', 'together', 'loss')
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
@@ -388,6 +408,12 @@ def bench_training(args) -> dict:
         return args.clock() - began
 
     seconds = taking_turns(names, turn, args.rounds, until)
+    kernels = {}  # of the baseline and of the first arm beside it: where the time goes
+    for name in args.arms[:2] if args.preset else ():
+        if name in arms and time.monotonic() < until:
+            say(f'train: kernels of {name}')
+            prepare(name, args)
+            kernels[name] = kernels_of(arms[name][1], args.device)
     peak, rows = metrics.peak_flops(args.device), dict[str, dict]()
     for name in names:
         k = args.knobs.get(name) or args.knobs[args.arms[0]]
@@ -399,6 +425,8 @@ def bench_training(args) -> dict:
         row['ms_per_step'] = 1e3 * spread(seconds[name])['median'] / args.steps
         if name in peaks:
             row['step_bytes'] = peaks[name]
+        if name in kernels:
+            row['kernels'] = kernels[name]
         if name in args.knobs:
             flops = arms[name][0].flops_per_token()
             row['flops_per_token'] = flops
@@ -406,6 +434,23 @@ def bench_training(args) -> dict:
     for name in left_out:
         say(f'train: {name} left out: no time for it within {args.seconds:g} seconds')
     return rows
+
+
+def kernels_of(step, device: str) -> dict[str, dict]:
+    """{kind of kernel: milliseconds and number in one step}, of KINDS and 'other'; on a CPU of operations."""
+    on_cuda = device.startswith('cuda')
+    activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
+        step()
+        synchronize(device)
+    kinds: dict[str, dict] = {kind: {'ms': 0.0, 'number': 0} for kind in (*KINDS, 'other')}
+    for event in profile.key_averages():
+        time_us = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), 'other')
+        if time_us:
+            kinds[kind]['ms'] += time_us / 1e3
+            kinds[kind]['number'] += event.count
+    return kinds
 
 
 def bench_alone(args, argv) -> dict:
@@ -549,9 +594,33 @@ def bench_decode(args, B: int = 1, tokens: int = 64) -> dict:
     return rows
 
 
+def borrowed_losses(dtype: str) -> tuple[dict, dict]:
+    """({name: function of (hidden, weight, targets, rows)}, {name: why it is not here}) of BORROWED. They are
+    given numbers of the type that autocast would give them."""
+    here, missing = {}, {}
+    for name, (module, function, options) in BORROWED.items():
+        if importlib.util.find_spec(module.split('.', maxsplit=1)[0]) is None:
+            missing[name] = f'not installed: pip install --no-deps {name}'
+            continue
+        try:
+            loss = getattr(importlib.import_module(module), function)
+        except Exception as e:  # whatever a package raises that does not fit this torch or Triton
+            missing[name] = f'{type(e).__name__}: {e}'[:200]
+            continue
+        options = {key: getattr(torch, value) for key, value in options.items()}
+
+        def run(hidden, weight, targets, rows, loss=loss, options=options):
+            low = getattr(torch, dtype)
+            return loss(hidden.to(low), weight.to(low), targets, ignore_index=-1, **options)
+
+        here[name] = run
+    return here, missing
+
+
 def bench_loss(args) -> dict:
     """Milliseconds and bytes of the head's loss and its gradients, for the tokens of a step: all rows at once
-    and compiled, in chunks, and by the fused kernel where it is."""
+    and compiled, in chunks, by the fused kernel where it is, and by packages that are installed; and how far
+    the loss is from that of all rows in fp32."""
     k = args.knobs[args.arms[0]]
     N, device = k.batch_size * k.block_size, args.device
     hidden = torch.randn(N, k.n_embd, device=device).requires_grad_()
@@ -561,27 +630,40 @@ def bench_loss(args) -> dict:
     ways = {'all rows at once': (compiled, N), 'as trained': (linear_cross_entropy, None)}
     if fused_works(device.split(':')[0]):
         ways |= {f'fused, {rows} rows': (linear_cross_entropy, rows) for rows in (ROWS['cuda'], FUSED_ROWS)}
+    here, missing = borrowed_losses(args.dtype)
+    ways |= {name: (function, None) for name, function in here.items()}
+    with torch.no_grad():
+        exact = linear_cross_entropy(hidden, weight, targets).item()
+    values = {}
 
     def turn(name):
         function, rows = ways[name]
         began = args.clock()
         with autocast_for(device, args.dtype):
-            value = function(hidden, weight, targets, rows=rows)
-        torch.autograd.grad(value, (hidden, weight))
+            values[name] = function(hidden, weight, targets, rows=rows)
+        torch.autograd.grad(values[name], (hidden, weight))
         synchronize(device)
         return args.clock() - began
 
-    rows = {}
-    for name in ways:
-        turn(name)
+    rows: dict[str, dict] = {}
+    for name in list(ways):
+        try:
+            turn(name)
+        except Exception as e:  # of a package that does not run here; ours must
+            if name not in here:
+                raise
+            missing[name] = f'{type(e).__name__}: {e}'[:200]
+            del ways[name]
+            continue
+        rows[name] = {'from_exact': values[name].item() - exact}
         if device.startswith('cuda'):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             turn(name)
-            rows[name] = {'bytes': torch.cuda.max_memory_allocated() - before}
+            rows[name]['bytes'] = torch.cuda.max_memory_allocated() - before
     for name, found in taking_turns(list(ways), turn, args.rounds).items():
-        rows.setdefault(name, {})['ms'] = spread([1e3 * s for s in found])
-    return rows
+        rows[name]['ms'] = spread([1e3 * s for s in found])
+    return rows | {name: {'left_out': why} for name, why in missing.items()}
 
 
 def bench_preset(args, argv) -> tuple[dict, dict]:
@@ -747,6 +829,14 @@ def markdown(result: dict) -> str:
         head = ['training', 'tokens/s', f'of {baseline}', 'MFU'] if training else ['training']
         head += ['above the weights'] if has_bytes else []
         parts.append(table(head + (['peak memory', 'to the first step'] if alone else []), rows))
+    rows = []
+    for name, row in training.items():
+        if 'kernels' in row:
+            found = row['kernels'].values()
+            total = {'ms': sum(of['ms'] for of in found), 'number': sum(of['number'] for of in found)}
+            rows.append([name, *(f'{of["ms"]:,.2f} ({of["number"]})' for of in (*found, total))])
+    if rows:
+        parts.append(table(['kernels of a step: ms (number)', *KINDS, 'other', 'all'], rows))
     if generation:
         contexts = list(next(iter(generation.values())))
         head = ['generation, tokens/s'] + [f'{c}, {how}' for c in contexts for how in ('cache', 'no cache')]
@@ -772,10 +862,17 @@ def markdown(result: dict) -> str:
             parts.append(table(head, rows))
     if 'loss' in result:
         rows = [
-            [name, cell(row['ms'], 2), f'{row["bytes"] / 2**20:,.0f} MiB' if 'bytes' in row else '-']
+            [
+                name,
+                cell(row['ms'], 2),
+                f'{row["bytes"] / 2**20:,.0f} MiB' if 'bytes' in row else '-',
+                f'{row["from_exact"]:+.1e}',
+            ]
             for name, row in result['loss'].items()
+            if 'ms' in row
         ]
-        parts.append(table(['loss and gradients', 'ms', 'memory'], rows))
+        parts.append(table(['loss and gradients', 'ms', 'memory', 'from the loss in fp32'], rows))
+        parts += [f'{n} left out: {row["left_out"]}' for n, row in result['loss'].items() if 'ms' not in row]
     parts += [f'skipped: {part}: {why}' for part, why in result.get('skipped', {}).items()]
     if 'race' in result:
         first = result['race']['arms'][baseline]

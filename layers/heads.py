@@ -223,7 +223,7 @@ class HeadPlanAttention(Attention):
         """(B, T, rows of c_attn) -> q, k, v as of project."""
         B, T, _ = qkv.shape
         qkv = qkv.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, heads, T, hs)
-        q, k, v = qkv.split([self.n_head, self.n_key, qkv.size(1) - self.n_head - self.n_key], dim=1)
+        q, k, v = cut(qkv, [self.n_head, self.n_key, qkv.size(1) - self.n_head - self.n_key])
         # lagged heads read k as it is from here on
         return memory.rotate(self.q_norm(q)), memory.rotate(self.k_norm(k)), v
 

@@ -205,12 +205,73 @@ def test_each_part_of_the_preset(part, capsys):
     if part == 'train':
         assert list(rows) == [*arms, bench.NANOGPT[0]]
         assert all(row['ms_per_step'] > 0 for row in rows.values())
+        assert [name for name, row in rows.items() if 'kernels' in row] == arms[:2]
+        vanilla, reflex = (rows[name]['kernels'] for name in arms[:2])
+        assert vanilla['products']['ms'] > 0 and vanilla['attention']['number'] > 0
+        assert reflex['joins']['number'] > vanilla['joins']['number']
     elif part == 'decode':
         assert list(rows) == [*arms, 'nanoGPT'] and set(rows['nanoGPT']) == {'whole'}
         assert rows['vanilla']['passes']['tokens_per_s']['median'] > 0
     elif part == 'loss':
-        assert set(rows) == {'all rows at once', 'as trained'}
+        assert set(rows) == {'all rows at once', 'as trained', *bench.BORROWED}
+        assert abs(rows['as trained']['from_exact']) < 0.1
     assert bench.markdown({'arms': arms, part: rows}).count('|') > 10
+
+
+def test_losses_of_other_packages(monkeypatch, tmp_path, capsys):
+    """One that is installed is called as it asks to be, one that fails is told, and one that is missing."""
+    source = """
+        import torch
+        def linear_cross_entropy(e, c, targets, ignore_index=-100):
+            return torch.nn.functional.cross_entropy(e @ c.t(), targets, ignore_index=ignore_index)
+        def fails(*args, **options):
+            raise RuntimeError('no such card')
+    """
+    (tmp_path / 'other_losses.py').write_text(textwrap.dedent(source), encoding='utf-8')
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = {
+        'one': ('other_losses', 'linear_cross_entropy', {}),
+        'failing': ('other_losses', 'fails', {}),
+        'strange': ('other_losses', 'nothing', {}),
+        'missing': ('no_such_package.inside', 'loss', {'accum_dtype': 'float32'}),
+    }
+    monkeypatch.setattr(bench, 'BORROWED', packages)
+    args = bench.arguments([*PRESET, *TINY])
+    rows = bench.bench_loss(args)
+    assert rows['one']['ms']['median'] > 0 and abs(rows['one']['from_exact']) < 0.1
+    assert rows['failing'] == {'left_out': 'RuntimeError: no such card'}
+    assert 'AttributeError' in rows['strange']['left_out']
+    assert rows['missing'] == {'left_out': 'not installed: pip install --no-deps missing'}
+    told = bench.markdown({'arms': ['vanilla'], 'loss': rows})
+    assert '| one |' in told and 'failing left out: RuntimeError' in told
+    # an error of our own way is none to go on from
+    monkeypatch.setattr(bench, 'linear_cross_entropy', None)
+    with pytest.raises(TypeError):
+        bench.bench_loss(args)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3', 'attention'),
+        ('void pytorch_flash::flash_bwd_kernel<Flash_bwd_traits>', 'attention'),
+        ('nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT', 'products'),
+        ('sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n', 'products'),
+        ('aten::addmm', 'products'),
+        ('row_kernel', 'loss'),
+        ('triton_per_fused__to_copy_add_native_layer_norm_native_layer_norm_backward_view_5', 'norms'),
+        ('triton_poi_fused__unsafe_view_cat_split_with_sizes_transpose_view_11', 'joins'),
+        ('triton_poi_fused_zeros_12', 'joins'),
+        ('triton_poi_fused__unsafe_view_gelu_7', 'gelu'),
+        ('void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>', 'optimizer'),
+        ('triton_poi_fused__to_copy_t_3', 'casts, copies'),
+        ('Memcpy HtoD (Pinned -> Device)', 'casts, copies'),
+        ('triton_poi_fused_embedding_dense_backward_19', 'other'),
+    ],
+)
+def test_what_a_kernel_is(name, kind):
+    found = (kind for kind, names in bench.KINDS.items() if bench.re.search(names, name))
+    assert next(found, 'other') == kind
 
 
 def test_steps_are_measured_where_they_are_compiled(monkeypatch, capsys):

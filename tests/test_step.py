@@ -137,7 +137,7 @@ def test_gradients_are_clipped_to_the_norm(clip, factor):
     'clip, passes', [(2.0, 0), (1.01, 0), (1.0, 1), (0.5, 1), (0.0, 0), (1e-5, 1), (math.inf, 0)]
 )
 def test_gradients_below_the_norm_are_left_alone(clip, passes, monkeypatch):
-    """No pass over them where torch's factor is exactly 1; what the optimizer sees is the same bit for bit."""
+    """No pass over them where torch's factor is exactly 1; the optimizer sees the same, bit for bit."""
     ours, always = step_of(SMALL), step_of(SMALL)
     norm = ours.gradients(3)[1]
     always.gradients(3)
