@@ -202,6 +202,34 @@ def test_a_token_copies_no_cache(variant):
     assert 0 < largest.numbers <= 1025 * config.n_head  # the attention weights of a head each
 
 
+class Calls(TorchDispatchMode):
+    """Names of the operations that are called, as often as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(('attention', 'joins'), [('vanilla', 0), ('reflex(4-2-2)', 4)])
+def test_the_gradients_of_q_k_and_v_are_joined_once_per_layer(attention, joins):
+    """In the order in which the projection's gradient lies: what joins them is not copied again. joins: of
+    layers that gather keys and values."""
+    config = GPTConfig(block_size=16, vocab_size=64, n_layer=6, n_head=8, n_embd=64, attention=attention)
+    model, idx = GPT(config, seed=1), torch.zeros(2, 16, dtype=torch.long)
+    with Calls() as forward:
+        loss = model(idx, idx)[1]
+    with Calls() as backward:
+        loss.backward()
+    assert forward.names.count('aten::cat') == 2 * joins  # keys, values
+    assert 'aten::clone' not in backward.names
+    if not joins:
+        assert backward.names.count('aten::cat') == config.n_layer
+
+
 @pytest.mark.parametrize('attention', [name for name, kind in ATTENTIONS.items() if kind.plan])
 def test_runs_are_where_both_pieces_stay(attention):
     """Every run lies in one piece of keys and one of values, and together they are all heads, in order."""
