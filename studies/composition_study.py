@@ -466,6 +466,8 @@ def measurements(name: str) -> dict[str, dict[int, dict]]:
     here = ROOT / 'out/experiments' / name
     found: dict[str, dict[int, dict]] = {}
     for stored in find_stored(here if here.exists() else ROOT / 'results' / name):
+        if stored.error:  # as that of a run that has just begun
+            print(f'warning: {stored.folder}: {stored.error}', file=sys.stderr)
         if 'measured' in stored.run:
             arm, seed = stored.folder.parts[-2:]
             found.setdefault(arm, {})[int(seed.removeprefix('seed'))] = stored.run
@@ -474,9 +476,21 @@ def measurements(name: str) -> dict[str, dict[int, dict]]:
 
 def table(study: Study) -> str:
     """Two tables: of every arm the losses, the differences to dense and the costs; and the losses by part.
-    Means over seeds, with 95 % intervals of paired differences."""
+    Means over the seeds that are done, with 95 % intervals of paired differences."""
     arms, own = measurements(study.arms.name), measurements(study.parts.name)
     parts = [*study.experts, study.unseen]
+    columns = [*(arms.get(arm, {}) for arm in ARMS), *(own.get(part, {}) for part in parts)]
+    seeds = sorted(set.intersection(*map(set, columns)))
+    if not seeds:
+        sys.exit(f'{study.arms}: no seed is done yet; run this program without --table')
+    arms, own = (
+        {
+            name: {seed: runs[seed] for seed in seeds}
+            for name, runs in found.items()
+            if name in [*ARMS, *parts]
+        }
+        for found in (arms, own)
+    )
 
     def losses(runs: dict[int, dict], *parts: str) -> dict[int, float]:
         """seed -> mean loss over parts"""
@@ -519,10 +533,9 @@ def table(study: Study) -> str:
         lines.append(row([label, *(f'{statistics.fmean(losses(runs, p).values()):.3f}' for p in parts)]))
     alone = [f'{statistics.fmean(losses(own[p], p).values()):.3f}' for p in parts]
     lines.append(row(['each expert on its own part', *alone]))
-    seeds = ', '.join(map(str, sorted(arms['dense'])))
-    one = arms['dense'][min(arms['dense'])]
+    one = arms['dense'][seeds[0]]
     where = f'{one["device"]["name"]}, torch {one["versions"]["torch"]}'
-    lines += ['', f'Seeds {seeds}; commit {one["commit"][:9]}; {where}.']
+    lines += ['', f'Seeds {", ".join(map(str, seeds))}; commit {one["commit"][:9]}; {where}.']
     return '\n'.join(['', *lines, ''])
 
 
