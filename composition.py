@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from layers.contract import PADDING, Counted
+from layers.contract import PADDING, Counted, captured
 from layers.heads import KVCache, attend
 from layers.positions import POSITIONS
 from layers.registry import ATTENTIONS
@@ -336,7 +336,11 @@ class ComposedCache(Cache):
 
     @property
     def rewinds(self) -> bool:
-        return super().rewinds and all(expert.rewinds for expert in self.experts.values())
+        """Whether this state can, with every expert that it may still come to hold."""
+        blocks = (block for expert in self.model.experts.values() for block in expert.transformer.h)
+        return super().rewinds and all(
+            block.attn.new_cache(1, 1, 'meta', self.dtype).rewinds for block in blocks
+        )
 
     def rewind(self, length: int):
         super().rewind(length)
@@ -392,13 +396,14 @@ class Composed(GPT):
 
     config: ComposedConfig
     config_class = ComposedConfig
+    part_class = GPT  # of the experts
     apart = ('transformer.', 'lm_head.', 'experts.')
     steps = False  # experts have caches of their own, and a router of who is asked
 
     def __init__(self, config: ComposedConfig, seed: int | None = None):
         """seed: of the joints' initial values; the parts wait for their weights."""
         super().__init__(config, seed)
-        self.experts = nn.ModuleDict({e.name: GPT(e.config, seed=0) for e in config.experts})
+        self.experts = nn.ModuleDict({e.name: self.part_class(e.config, seed=0) for e in config.experts})
         self.requires_grad_(False)
         self.joints = nn.ModuleDict({e.name: Joint(config, e) for e in config.experts})
         self.router = Router(config)
@@ -445,9 +450,13 @@ class Composed(GPT):
         experts = {f'expert {name}': count(expert) for name, expert in self.experts.items()}
         return super().parts() | experts | {f'joint {n}': count(joint) for n, joint in self.joints.items()}
 
-    def hidden(self, idx, cache: ComposedCache | None = None, pos=None, real=None):
-        """As GPT.hidden."""
+    def hidden(
+        self, idx, cache: ComposedCache | None = None, pos=None, real=None, streams=None, weights=None
+    ):
+        """As GPT.hidden. Who wants to look into the base gives lists: streams gets what each block reads,
+        weights who looks at whom, as in Memory."""
         x, memory = self.embed(idx, cache, pos, real)
+        memory.weights = weights
         if pos is None:
             start = cache.length if cache is not None else 0
             pos = torch.arange(start, start + idx.size(1), device=idx.device)[None]  # (1, T)
@@ -456,6 +465,8 @@ class Composed(GPT):
             if i == self.first_read:
                 gates = self.ask(x, idx, cache, pos, real)
                 offers = self.consult(gates, idx, cache, pos, real)
+            if streams is not None:
+                streams.append(x)
             x = self.block(i, x, memory, cache)
             for offer in offers:
                 if str(i) in offer.read:
@@ -477,19 +488,24 @@ class Composed(GPT):
     def consult(self, gates, idx, cache, pos, real) -> list[Offer]:
         """Run the experts that some token asks for, each on the sequences whose tokens do; with a cache, on
         all, over all tokens that it has not seen."""
-        B, n = gates.size(0), gates.size(2)
-        asking = (gates > 0).any(dim=1).T.tolist() if self.config.selective else [[True] * B] * n  # [n][B]
+        if self.config.selective and captured():
+            raise ValueError(
+                f'top_k={self.config.top_k}, threshold={self.config.threshold:g}: which experts run depends '
+                'on the tokens, and a graph has one way for all; compose with --top_k=0 --threshold=0'
+            )
+        asking = (gates > 0).any(dim=1).T.tolist() if self.config.selective else None  # [n][B]; None: all do
         offers, running = [], []
         for e, (name, joint) in enumerate(self.joints.items()):
-            if not any(asking[e]):
+            asks = None if asking is None or all(asking[e]) else asking[e]  # [B]; None: all do
+            if asks is not None and not any(asks):
                 continue
             gate, rows, own = gates[:, :, e, None], None, None
             ids, at, there = idx, pos, real
             if cache is not None:
                 own, end = cache.expert(name), cache.length + idx.size(1)
                 ids, at = cache.tokens[:, own.length : end], cache.pos[:, own.length : end]
-            elif not all(asking[e]):
-                rows = torch.tensor([b for b in range(B) if asking[e][b]], device=idx.device)
+            elif asks is not None:
+                rows = torch.tensor([b for b, does in enumerate(asks) if does], device=idx.device)
                 ids, gate, at = idx[rows], gate[rows], pos if pos.size(0) == 1 else pos[rows]
                 there = None if real is None else real[rows]
             inputs = (ids, at, there)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import textwrap
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = 100  # characters in a line of the picture
+TITLE = 110  # and in a line of a title, which is smaller and in a proportional font
 SHADES = ('tab:orange', 'tab:blue', 'tab:green', 'tab:pink', 'tab:olive', 'tab:cyan', 'tab:purple', 'tab:red')
 READERS = 128  # tokens of a text up to which the page has what each of them reads: their square, per head
 
@@ -187,28 +189,38 @@ def picture(tokens: list[str], views: list[View], path: Path, head: int = -1):
         if token.endswith('\n'):
             column, line = 0, line + 1
     lines = line + 1
-    height = len(views) * (lines + 2) - 0.5  # in lines: a title, the text, and one empty between views
+    shades = [shades_of(view, head) for view in views]
+    # in lines: the titles, the texts, and one empty between views
+    height = sum(len(titles) for _, _, titles in shades) + len(views) * (lines + 1) - 0.5
     fig = plt.figure(figsize=(COLUMNS * 0.07, height * 0.18), dpi=150)  # what 8 points need
     axes = fig.add_axes((0.01, 0, 0.98, 1), xlim=(0, COLUMNS), ylim=(height, 0))
     axes.axis('off')
-    for n, view in enumerate(views):
-        top = n * (lines + 2) + 1
-        weights = view.weights()
-        rows = weights.argmax(0).tolist() if view.names else [0] * len(tokens)
-        one = 0 <= head < len(weights) and not view.names
-        weights = weights.amax(0) if view.names else weights[head] if one else weights.mean(0)
-        most = float(weights.max()) or 1.0
-        title = f'{view.title} ({"; ".join(keys_of(view, most))})'
-        axes.text(0, top - 0.5, title, fontsize=7, color='dimgray', va='center')
-        for token, weight, row, (x, y, width) in zip(tokens, weights.tolist(), rows, places, strict=True):
-            colour = SHADES[row % len(SHADES)]
-            patch = Rectangle((x, top + y), width, 1, color=colour, alpha=weight / most, linewidth=0)
-            axes.add_patch(patch)
+    top = 0
+    for colours, alphas, titles in shades:
+        for title in titles:
+            axes.text(0, top + 0.5, title, fontsize=7, color='dimgray', va='center', parse_math=False)
+            top += 1
+        for token, colour, alpha, (x, y, width) in zip(tokens, colours, alphas, places, strict=True):
+            axes.add_patch(Rectangle((x, top + y), width, 1, color=colour, alpha=alpha, linewidth=0))
             for i, character in enumerate(shown(token)):
                 where = {'va': 'center', 'ha': 'center', 'family': 'monospace', 'parse_math': False}
                 axes.text(x + i + 0.5, top + y + 0.5, character, fontsize=8, **where)
+        top += lines + 1
     fig.savefig(path)
     plt.close(fig)
+
+
+def shades_of(view: View, head: int) -> tuple[list[str], list[float], list[str]]:
+    """How the picture shows a view: the colour of each token, how full it is, from 0 to 1, and the lines of
+    the title, with what the shades mean."""
+    weights = view.weights()
+    rows = weights.argmax(0).tolist() if view.names else [0] * weights.size(1)
+    one = 0 <= head < len(weights) and not view.names
+    weights = weights.amax(0) if view.names else weights[head] if one else weights.mean(0)
+    most = float(weights.max()) or 1.0
+    title = f'{view.title} ({"; ".join(keys_of(view, most))})'
+    colours = [SHADES[row % len(SHADES)] for row in rows]
+    return colours, (weights / most).tolist(), textwrap.wrap(title, TITLE, break_on_hyphens=False)
 
 
 def keys_of(view: View, most: float) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from composition import Composed
 from configurator import ConfigError, UserError, configure, run_program
 from data.tokenizer import from_spec
 from hierarchy import Hierarchy
@@ -37,6 +38,9 @@ try:
     from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
     from modeling_reflex import (
+        OTHER_NAMES,
+        ComposedReflexConfig,
+        ComposedReflexForCausalLM,
         HierarchicalConfig,
         HierarchicalForCausalLM,
         LeapConfig,  # noqa: F401
@@ -49,7 +53,11 @@ except ImportError as error:
 
 PAD = '<|pad|>'  # a token of no text
 EXPORT = 'export.json'  # in an exported folder: the files that were written, and when
-CLASSES = {GPT: (ReflexConfig, ReflexForCausalLM), Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM)}
+CLASSES = {
+    GPT: (ReflexConfig, ReflexForCausalLM),
+    Hierarchy: (HierarchicalConfig, HierarchicalForCausalLM),
+    Composed: (ComposedReflexConfig, ComposedReflexForCausalLM),
+}
 for their_config, their_model in CLASSES.values():
     transformers.AutoConfig.register(their_config.model_type, their_config, exist_ok=True)
     transformers.AutoModelForCausalLM.register(their_config, their_model, exist_ok=True)
@@ -78,11 +86,7 @@ def export(
     the tokenizer has no equal in transformers, the folder cannot be written, or it holds what was not
     exported to it (unless overwrite).
     """
-    if type(model) not in CLASSES:
-        raise ExportError(
-            f'a {type(model).__name__} has no form for transformers: sample.py and eval.py take it'
-        )
-    if as_gpt2 and not isinstance(model, GPT):
+    if as_gpt2 and type(model) is not GPT:
         raise ExportError(f'a {type(model).__name__} is not GPT-2: export without as_gpt2')
     converted, special = None, {}
     if tokenizer is not None:
@@ -151,28 +155,33 @@ def trimmed(model: LanguageModel, pad: int | None):
     logit, and the other probabilities fall by a part in vocab_size at most."""
     used = model.config.vocab_used or model.config.vocab_size
     more = int(pad == used)
-    by_token = {  # tensors with a row for every id
-        id(m.weight) for m in model.modules() if m is model.lm_head or isinstance(m, TokenTable)
-    }
+    heads = [m.lm_head for m in model.modules() if isinstance(m, LanguageModel)]  # of experts, too
+    tables = [m for m in model.modules() if isinstance(m, TokenTable)]
+    by_token = {id(m.weight) for m in heads + tables}  # tensors with a row for every id
     state = {name: p.detach().cpu() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if id(p) in by_token:
             rows = state[name][:used]
             state[name] = torch.cat([rows, rows.mean(0, keepdim=True).expand(more, -1)])
-    return replace(model.config, vocab_size=used + more, vocab_used=0), state
+    fewer = {'vocab_size': used + more, 'vocab_used': 0}
+    if isinstance(model, Composed):
+        experts = (replace(e, config=replace(e.config, **fewer)) for e in model.config.experts)
+        fewer['experts'] = tuple(experts)
+    return replace(model.config, **fewer), state
 
 
 def reflex(kind: type[LanguageModel], config, state, special) -> ReflexForCausalLM:
-    given = {k: v for k, v in asdict(config).items() if k != 'vocab_used'}
+    given = {OTHER_NAMES.get(k, k): v for k, v in asdict(config).items() if k != 'vocab_used'}
     config_class, model_class = CLASSES[kind]
     model = model_class(config_class(**given, **special))
-    model.gpt.load_state_dict(
-        {
-            'lm_head.weight': state['transformer.wte.weight'],  # unless the state has one of its own
-            **state,
-            '_extra_state': model.gpt.get_extra_state(),
-        }
-    )
+    heads, described = {}, {}
+    for name, part in model.gpt.named_modules():
+        if isinstance(part, LanguageModel):  # experts are some, too
+            prefix = f'{name}.' if name else ''
+            heads[f'{prefix}lm_head.weight'] = state[f'{prefix}transformer.wte.weight']
+            described[f'{prefix}_extra_state'] = part.get_extra_state()
+    # a head is the token table, unless the state has one of its own
+    model.gpt.load_state_dict({**heads, **state, **described})
     return model.eval()
 
 

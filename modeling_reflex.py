@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
+from composition import Composed, ComposedConfig
 from hierarchy import Hierarchy, HierarchyConfig
 from layers.contract import Memory, captured
 from layers.registry import kinds_of
@@ -42,13 +43,29 @@ OF_TRANSFORMERS |= {'num_labels', 'output_attentions', 'quantization_config', 't
 FIXED = {'initializer_range': 0.02, 'layer_norm_epsilon': 1e-5, 'rope_theta': 10000.0}
 # arguments of forward that are for the loss
 OF_LOSS = ('num_items_in_batch', 'shift_labels', 'ignore_index')
+# fields by another name than here: top_k of a config is an option of sampling to transformers
+OTHER_NAMES = {'top_k': 'experts_top_k'}
+
+
+def names_of(config_class) -> dict[str, str]:
+    """The names of a config's fields -> their names in transformers."""
+    names = [f.name for f in fields(config_class) if f.name != 'vocab_used']
+    return {name: OTHER_NAMES.get(name, name) for name in names}
 
 
 def fields_of(config_class) -> dict:
     """The annotations of a config's fields, for a class body of transformers' kind; a number may be whole."""
     kinds = get_type_hints(config_class)
-    names = [f.name for f in fields(config_class) if f.name != 'vocab_used']
-    return {name: float | int if kinds[name] is float else kinds[name] for name in names}
+    return {
+        theirs: float | int if kinds[name] is float else kinds[name]
+        for name, theirs in names_of(config_class).items()
+    }
+
+
+def defaults_of(config_class) -> dict:
+    """The defaults of a config's fields, likewise."""
+    names = names_of(config_class)
+    return {names[f.name]: f.default for f in fields(config_class) if f.name in names}
 
 
 @strict
@@ -71,7 +88,7 @@ class ReflexConfig(PreTrainedConfig):
         'final_logit_softcapping': 'softcap',  # trl computes the loss from it
     }
     __annotations__ |= fields_of(GPTConfig)
-    vars().update({f.name: f.default for f in fields(GPTConfig) if f.name != 'vocab_used'})
+    vars().update(defaults_of(GPTConfig))
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -118,7 +135,7 @@ class ReflexConfig(PreTrainedConfig):
         return f'{told} would change nothing: these models have no {name}; {fix}'
 
     def gpt_config(self) -> GPTConfig:
-        values = {f.name: getattr(self, f.name) for f in fields(self.of) if f.name != 'vocab_used'}
+        values = {name: getattr(self, theirs) for name, theirs in names_of(self.of).items()}
         return self.of(**{**values, 'tied': self.tied and self.tie_word_embeddings})
 
     def validate_gpt(self):
@@ -165,6 +182,17 @@ class HierarchicalConfig(ReflexConfig):
     of: ClassVar = HierarchyConfig
     __annotations__ |= fields_of(HierarchyShape)
     vars().update({f.name: f.default for f in fields(HierarchyShape)})
+
+
+@strict
+class ComposedReflexConfig(ReflexConfig):
+    """The fields of ComposedConfig (composition.py), likewise, but for top_k, which is experts_top_k here.
+    Experts are dicts of the fields of Expert, as JSON has them."""
+
+    model_type = 'reflex_composed'
+    of: ClassVar = ComposedConfig
+    __annotations__ |= {**fields_of(ComposedConfig), 'experts': list | tuple}
+    vars().update(defaults_of(ComposedConfig))
 
 
 class ReflexCache(TransformersCache):
@@ -221,18 +249,21 @@ class ReflexCache(TransformersCache):
         raise NotImplementedError('the model that made this cache fills it, not a layer of transformers')
 
 
-class Core:
-    """A model of this project, called as transformers and what builds on it call the model below a head."""
-
-    settings: ReflexConfig  # what holds where forward is not told otherwise
-    gradient_checkpointing = False  # set by transformers, like _gradient_checkpointing_func
+class StateAsTensor:
+    """What the layers compute is saved as a tensor: safetensors hold nothing else."""
 
     def get_extra_state(self):
-        """What the layers compute is saved as a tensor: safetensors hold nothing else."""
         return torch.tensor(list(self.describe().encode('utf-8')), dtype=torch.uint8, device='cpu')
 
     def set_extra_state(self, state):
         super().set_extra_state(bytes(state.tolist()).decode('utf-8'))
+
+
+class Core(StateAsTensor):
+    """A model of this project, called as transformers and what builds on it call the model below a head."""
+
+    settings: ReflexConfig  # what holds where forward is not told otherwise
+    gradient_checkpointing = False  # set by transformers, like _gradient_checkpointing_func
 
     def forward(
         self,
@@ -330,6 +361,16 @@ class Core:
         # on the right nobody looks, but a cache would keep it for the tokens to come
         return real if padded_before or not (cache is None or self.padding == 'right') else None
 
+    def _list_for_weights(self, attentions: bool) -> list | None:
+        """Where the weights of attention go, if they are wanted or have to be computed anyway. ValueError
+        where there are none."""
+        if attentions and not all(kind.layer.has_scores for kind in self._kinds()):
+            raise ValueError(
+                f'output_attentions: attention={self.config.attention!r} has layers in which no token is '
+                'weighed by another'
+            )
+        return [] if attentions or self.settings._attn_implementation == 'eager' else None
+
     def _recomputes(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
@@ -361,15 +402,9 @@ class GPTCore(Core, GPT):
     def look(self, idx, cache, pos, real, embedded, attentions: bool, states: bool):
         """Arguments as of GPT.embed -> what the head reads (B, T, n_embd); the stream that each block reads,
         likewise, if states; who looks at whom in each layer, (B, n_head, T, S), if attentions."""
-        if attentions and not all(kind.layer.has_scores for kind in self._kinds()):
-            raise ValueError(
-                f'output_attentions: attention={self.config.attention!r} has layers in which no token is '
-                'weighed by another'
-            )
+        weights, streams = self._list_for_weights(attentions), []
         x, memory = self.embed(idx, cache, pos, real, embedded)
-        if attentions or self.settings._attn_implementation == 'eager':
-            memory.weights = []
-        streams = []
+        memory.weights = weights
         for i in range(len(self.transformer.h)):
             streams += [x] if states else []
             x = self.block(i, x, memory, cache)
@@ -389,6 +424,21 @@ class HierarchyCore(Core, Hierarchy):
             return self.hidden(idx, cache, pos, real, embedded), (), ()
 
 
+class Part(StateAsTensor, GPT):
+    """An expert of a composed model."""
+
+
+class ComposedCore(Core, Composed):
+    part_class = Part
+
+    def look(self, idx, cache, pos, real, embedded, attentions: bool, states: bool):
+        """As of GPTCore; streams and weights are those of the base."""
+        if embedded is not None:
+            raise ValueError('inputs_embeds: experts have token tables of their own; give input_ids')
+        weights, streams = self._list_for_weights(attentions), [] if states else None
+        return self.hidden(idx, cache, pos, real, streams, weights), streams or [], weights
+
+
 class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     """A GPT of this project for `generate`, `Trainer`, `from_pretrained`, `save_pretrained`."""
 
@@ -397,7 +447,7 @@ class ReflexForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {'gpt.lm_head.weight': 'gpt.transformer.wte.weight'}  # noqa: RUF012
     _core = GPTCore
     # layers read each other's keys and values: they stay on one device
-    _no_split_modules = ('GPTCore', 'HierarchyCore')
+    _no_split_modules = ('GPTCore', 'HierarchyCore', 'ComposedCore')
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
@@ -571,9 +621,42 @@ class HierarchicalForCausalLM(ReflexForCausalLM, GenerationMixin):
             self.gpt.transformer.predict.requires_grad_(False)
 
 
+class ComposedReflexForCausalLM(ReflexForCausalLM, GenerationMixin):
+    """The same of a composed model, its parts included. As in compose.py, only what joins them is trained."""
+
+    config_class = ComposedReflexConfig
+    _core = ComposedCore
+
+    def post_init(self):
+        """Heads of experts are their token tables, where they are tied."""
+        tied = [f'gpt.experts.{name}' for name, expert in self.gpt.experts.items() if expert.config.tied]
+        own = {f'{expert}.lm_head.weight': f'{expert}.transformer.wte.weight' for expert in tied}
+        self._tied_weights_keys = {**self._tied_weights_keys, **own}
+        super().post_init()
+
+    def get_expanded_tied_weights_keys(self, *args, **kwargs) -> dict[str, str]:
+        """As in transformers, which looks at the config of the base alone."""
+        tied = super().get_expanded_tied_weights_keys(*args, **kwargs)
+        return tied | {k: v for k, v in self._tied_weights_keys.items() if k.startswith('gpt.experts.')}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, which lets all that it loads train: the parts do not."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, p in model.gpt.named_parameters():
+            p.requires_grad_(name.startswith('joints.'))
+        return loaded
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            'every part has a token table of its own: give the parts more tokens and compose again'
+        )
+
+
 LeapForCausalLM = ReflexForCausalLM  # the name of the published package
 
-for model_class in (ReflexForCausalLM, HierarchicalForCausalLM):
+for model_class in (ReflexForCausalLM, HierarchicalForCausalLM, ComposedReflexForCausalLM):
     # Trainer(label_smoothing_factor=…) shifts the labels of classes that are listed here alone
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_class.config_class.model_type] = model_class.__name__
 

@@ -3,14 +3,16 @@ same training FLOPs.
 
     python studies/composition_study.py source --files proposals.train.jsonl.xz proposals.val.jsonl.xz
     python studies/composition_study.py cluster
+    python studies/composition_study.py source --scale=cpu  # larger models that have learned more
     python studies/composition_study.py source --rates      # the learning rates, tried on another seed
     python studies/composition_study.py source --table --insert=docs/composition.md
 
 For each seed: a seed model learns from all parts except one (together they are `seen`). From it an expert
 branches for each part, and for the one that is held out. The experts of `seen` are joined together, or one by
 one; the held-out part's expert is added later. Dense models get the training FLOPs of all that. The programs
-make the runs, in out/experiments/composition-NAME, as a person would make them. Stop it at any time: the same
-command goes on. run.json gets 'measured': losses per part, FLOPs and processor seconds.
+make the runs, in out/experiments/composition-NAME (at cpu scale composition-NAME-cpu), as a person would make
+them. Stop it at any time: the same command goes on. run.json gets 'measured': losses per part, FLOPs and
+processor seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,16 +59,84 @@ KINDS = {  # the parts with experts, the part that is held out, and how data/clu
     ),
     'cluster': (['0', '1', '2', '3'], '4', ['--clusters=5', '--held_out=4']),
 }
-T, BATCH, WIDTH = 128, 16, 64  # tokens of a sequence, sequences of a batch, n_embd
-WIDE = 184  # n_embd of the dense model with the parameters of four experts, their base and their joints
-SIZE = [f'--block_size={T}', '--n_layer=4', '--n_head=4']
-SHARED = [
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of the models, the steps of their training, and the rates."""
+
+    n_layer: int
+    n_head: int
+    width: int  # n_embd of the base, of every expert, and of the dense model
+    wide: int  # n_embd of the dense model with the parameters of four experts, their base and their joints
+    block: int  # tokens of a sequence
+    steps: dict[str, int]  # of each kind of run; the dense models' follow from the training FLOPs
+    rates: dict[str, float]  # of each kind; of `join` for all runs of compose.py
+    tried: dict[str, tuple[float, ...]]  # by --rates
+
+    @property
+    def size(self) -> list[str]:
+        return [f'--block_size={self.block}', f'--n_layer={self.n_layer}', f'--n_head={self.n_head}']
+
+    def n_embd(self, kind: str) -> int:
+        return self.wide if kind == 'wide' else self.width
+
+    def flops(self, kind: str) -> float:
+        """Training FLOPs per token of a model of a kind."""
+        c = GPTConfig(
+            block_size=self.block,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd(kind),
+            vocab_size=4096,
+        )
+        with torch.device('meta'):
+            return GPT(c, seed=0).flops_per_token()
+
+
+SCALES = {
+    # some six processor minutes for a seed; its rates are those that --rates has found
+    'small': Scale(
+        n_layer=4,
+        n_head=4,
+        width=64,
+        wide=184,
+        block=128,
+        steps={'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30},
+        rates={'seed': 0.02, 'dense': 0.02, 'wide': 0.01, 'expert': 0.02, 'join': 0.08},
+        tried={
+            'seed': (0.01, 0.02, 0.04),
+            'dense': (0.01, 0.02),
+            'wide': (0.01, 0.02),
+            'expert': (0.005, 0.01, 0.02),
+            'join': (0.01, 0.02, 0.04, 0.08, 0.16),
+        },
+    ),
+    # config/sizes/size_cpu.py, with most of the steps for the seed model: what has learned little has little
+    # to join. By the time of single steps, 37 processor minutes for a seed. Its rates from scratch
+    # go by results/controls-2M-lr: vanilla after 500 steps is as good at 0.01 as at 0.02, within 0.005.
+    'cpu': Scale(
+        n_layer=6,
+        n_head=8,
+        width=128,
+        wide=320,
+        block=256,
+        steps={'seed': 400, 'expert': 100, 'together': 60, 'apart': 40, 'grown': 40},
+        rates={'seed': 0.01, 'dense': 0.01, 'wide': 0.01, 'expert': 0.01, 'join': 0.08},
+        tried={
+            'seed': (0.01, 0.02),
+            'dense': (),
+            'wide': (0.005, 0.01),
+            'expert': (0.005, 0.01, 0.02),
+            'join': (0.02, 0.04, 0.08, 0.16),
+        },
+    ),
+}
+BATCH = 16  # sequences of a batch
+SHARED = [  # not compiled: on a CPU, runs this short are over before that pays
     *('--device=cpu', '--compile=false', '--threads=1', f'--batch_size={BATCH}', '--optimizer=muon'),
     *('--eval_iters=4', '--warmup_iters=10', '--log_interval=10'),
 ]
-STEPS = {'seed': 100, 'expert': 100, 'together': 50, 'apart': 30, 'grown': 30}
-RATES = {WIDTH: 0.02, WIDE: 0.01}  # by n_embd, of a model from scratch
-BRANCH, JOIN = 0.02, 0.08  # of a model that branches off, of what joins
 WINDOWS = 64  # of each part's validation text
 CHUNK, TEMPERATURE = 32, 0.1  # of the ensemble: tokens after which its weights are made anew, as published
 
@@ -109,14 +179,15 @@ class Ensemble(nn.Module):
 
 
 class Study:
-    """The runs of one partition, by their folders, seen from the repository."""
+    """The runs of one partition at a scale, by their folders, seen from the repository."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, scale: str = 'small'):
+        self.scale = SCALES[scale]
         self.experts, self.unseen, self.cut = KINDS[name]
         self.data = f'proposals_{name}'  # in data/
-        self.arms = Path('out/experiments') / f'composition-{name}'
-        self.parts = self.arms.with_name(f'composition-{name}-parts')
+        of_scale = '' if scale == 'small' else f'-{scale}'
+        self.arms = Path('out/experiments') / f'composition-{name}{of_scale}'
+        self.parts = self.arms.with_name(f'{self.arms.name}-parts')
 
     def folder(self, arm: str, seed: int) -> Path:
         """Of a run that is compared."""
@@ -125,73 +196,75 @@ class Study:
     def expert(self, part: str, seed: int) -> Path:
         return self.parts / part / f'seed{seed}'
 
-    def train(self, out: Path, part: str, seed: int, steps: int, *arguments: str):
+    def train(self, out: Path, kind: str, part: str, seed: int, steps: int, *arguments: str):
         """train.py on a part, unless it is done."""
         given = [f'--dataset={self.data}/{part}', f'--seed={seed}', f'--max_iters={steps}']
-        given += [f'--eval_interval={steps}', f'--n_embd={WIDTH}', f'--out_dir={out}', '--init_from=auto']
-        run(out, 'train.py', 'config/vanilla.py', *SIZE, *SHARED, *given, *arguments)
+        given += [f'--eval_interval={steps}', f'--n_embd={self.scale.n_embd(kind)}', f'--out_dir={out}']
+        given += [f'--learning_rate={self.scale.rates[kind]}', '--init_from=auto', *arguments]
+        run(out, 'train.py', 'config/vanilla.py', *self.scale.size, *SHARED, *given)
 
-    def branch(self, out: Path, part: str, seed: int):
-        """An expert: the seed model, trained on its part."""
-        start = f'--init_from={self.folder("seed", seed)}'
+    def branch(self, out: Path, part: str, seed: int, of: Path, *arguments: str):
+        """An expert: a model, trained on its part."""
+        start = f'--init_from={of}'
         if (out / checkpoint.LAST).exists():
             start = '--init_from=resume'
-        self.train(out, part, seed, STEPS['expert'], f'--learning_rate={BRANCH}', start)
+        self.train(out, 'expert', part, seed, self.scale.steps['expert'], start, *arguments)
 
     def compose(self, out: Path, experts: list, part: str, seed: int, steps: int, *arguments: str):
         """compose.py, unless it is done."""
         given = [f'--experts={",".join(map(str, experts))}', f'--dataset={self.data}/{part}']
         given += [f'--seed={seed}', f'--max_iters={steps}', f'--eval_interval={max(1, steps)}']
-        given += [f'--learning_rate={JOIN}', f'--out_dir={out}', '--init_from=auto', *arguments]
+        given += [
+            f'--learning_rate={self.scale.rates["join"]}',
+            f'--out_dir={out}',
+            '--init_from=auto',
+            *arguments,
+        ]
         run(out, 'compose.py', *SHARED, *given)
 
     def sweep(self):
         """Try learning rates on a seed of their own, each kind of run with the best of the one before."""
-        seed, place, losses = 1000, self.arms.with_name(f'composition-{self.name}-lr'), {}
+        seed, place, losses = 1000, self.arms.with_name(f'{self.arms.name}-lr'), {}
+        steps, part = self.scale.steps, self.experts[0]
 
-        def tried(kind: str, rates, start, *arguments):
-            for rate in rates:
+        def tried(kind: str, start) -> Path:
+            for rate in self.scale.tried[kind]:
                 out = place / f'{kind}-{rate}'
-                start(out, *arguments, f'--learning_rate={rate}')
+                start(out, f'--learning_rate={rate}')
                 losses[kind, rate] = final_loss(out)
                 say(f'{kind} {rate}: {losses[kind, rate]:.4f}')
-            return place / f'{kind}-{min(rates, key=lambda rate: losses[kind, rate])}'
+            best = min(self.scale.tried[kind], key=lambda rate: losses[kind, rate], default=None)
+            return place / f'{kind}-{best}'
 
-        def train(out, part, steps, *arguments):
-            self.train(out, part, seed, steps, *arguments)
-
-        base = tried('seed', (0.01, 0.02, 0.04), train, 'seen', STEPS['seed'])
-        tried('dense', (0.01, 0.02), train, 'seen', 4 * STEPS['seed'])
-        tried('wide', (0.01, 0.02), train, 'seen', STEPS['seed'], f'--n_embd={WIDE}')
-        part = self.experts[0]
-        branch = tried('expert', (0.005, 0.01, 0.02), train, part, STEPS['expert'], f'--init_from={base}')
-
-        def join(out, *arguments):
-            self.compose(
-                out, [f'{part}={branch}'], 'seen', seed, STEPS['together'], f'--base={base}', *arguments
-            )
-
-        tried('joint', (0.01, 0.02, 0.04, 0.08, 0.16), join)
+        base = tried('seed', lambda out, rate: self.train(out, 'seed', 'seen', seed, steps['seed'], rate))
+        # the steps of the dense models, about: those of the study follow from what the others cost
+        same = steps['seed'] + len(self.experts) * steps['expert']
+        wide = round(same * self.scale.flops('dense') / self.scale.flops('wide'))
+        tried('dense', lambda out, rate: self.train(out, 'dense', 'seen', seed, same, rate))
+        tried('wide', lambda out, rate: self.train(out, 'wide', 'seen', seed, wide, rate))
+        branch = tried('expert', lambda out, rate: self.branch(out, part, seed, base, rate))
+        one, of = [f'{part}={branch}'], f'--base={base}'
+        tried('join', lambda out, rate: self.compose(out, one, 'seen', seed, steps['together'], of, rate))
 
     def run_seed(self, seed: int):
         """Everything of one seed, what others need first."""
-        self.train(self.folder('seed', seed), 'seen', seed, STEPS['seed'], f'--learning_rate={RATES[WIDTH]}')
+        steps = self.scale.steps
+        self.train(self.folder('seed', seed), 'seed', 'seen', seed, steps['seed'])
         for part in [*self.experts, self.unseen]:
-            self.branch(self.expert(part, seed), part, seed)
+            self.branch(self.expert(part, seed), part, seed, self.folder('seed', seed))
         base = f'--base={self.folder("seed", seed)}'
         named = [f'{part}={self.expert(part, seed)}' for part in self.experts]
-        self.compose(self.folder('together', seed), named, 'seen', seed, STEPS['together'], base)
+        self.compose(self.folder('together', seed), named, 'seen', seed, steps['together'], base)
         flops = self.training_flops('together', seed)
-        for arm, width in (('dense', WIDTH), ('wide', WIDE)):
-            steps = round(flops / (BATCH * T * dense_flops(width)))
-            out = self.folder(arm, seed)
-            self.train(out, 'seen', seed, steps, f'--learning_rate={RATES[width]}', f'--n_embd={width}')
+        for arm in ('dense', 'wide'):
+            equal = round(flops / (BATCH * self.scale.block * self.scale.flops(arm)))
+            self.train(self.folder(arm, seed), arm, 'seen', seed, equal)
         alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
         for part, expert in zip(self.experts, named, strict=True):
-            self.compose(alone[part], [expert], part, seed, STEPS['apart'], base)
+            self.compose(alone[part], [expert], part, seed, steps['apart'], base)
         self.compose(self.folder('apart', seed), list(alone.values()), 'seen', seed, 0)
         both = [self.folder('together', seed), f'{self.unseen}={self.expert(self.unseen, seed)}']
-        self.compose(self.folder('grown', seed), both, self.unseen, seed, STEPS['grown'])
+        self.compose(self.folder('grown', seed), both, self.unseen, seed, steps['grown'])
         less = f'--forget={self.experts[0]}'
         self.compose(self.folder('forgot', seed), [self.folder('grown', seed)], 'seen', seed, 0, less)
         for arm in ('seed', 'together', 'dense', 'wide', 'apart', 'grown', 'forgot'):
@@ -292,7 +365,7 @@ class Study:
             for name in ('params', 'flops_per_token', 'cache_bytes_per_token'):
                 run['model'][name] *= len(parts)
         starts = eval_starts(len(data.splits['val']), k.block_size, k.eval_iters * k.batch_size)
-        loss = loss_on(model, data.splits['val'], starts, k.batch_size)
+        loss = loss_on(model, data.splits['val'], starts, k.batch_size, k.block_size)
         (ROOT / out).mkdir(parents=True, exist_ok=True)
         write_text(ROOT / out / metrics.METRICS, json.dumps({'iter': 0, 'val/loss': loss}) + '\n')
         run |= {'status': 'finished', 'iter': 0, 'seconds': 0.0}
@@ -302,12 +375,12 @@ class Study:
     def measured(self, model) -> dict:
         """Loss on the validation text of each part, FLOPs per token of the forward pass as torch counts them,
         and processor seconds per million tokens."""
-        losses, flops, seconds, tokens = {}, 0, 0.0, 0
+        T, losses, flops, seconds, tokens = self.scale.block, {}, 0, 0.0, 0
         for part in [*self.experts, self.unseen]:
             split = open_data(ROOT / 'data' / self.data / part).splits['val']
             starts = eval_starts(len(split), T, WINDOWS)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-            losses[part] = loss_on(model, split, starts, 8)
+            losses[part] = loss_on(model, split, starts, 8, T)
             seconds += resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
             tokens += T * len(starts[0])
             x, y = (torch.from_numpy(a) for a in eval_batch(split, *starts, 0, 8, T))
@@ -322,7 +395,7 @@ DTYPE = pick_dtype('auto', 'cpu')
 
 
 @torch.no_grad()
-def loss_on(model, tokens, starts, batch_size: int) -> float:
+def loss_on(model, tokens, starts, batch_size: int, T: int) -> float:
     def autocast():
         return autocast_for('cpu', DTYPE)
 
@@ -342,13 +415,6 @@ def final_loss(folder: Path) -> float:
 def flops_of(run: dict) -> float:
     """Of a run's own training."""
     return run['config']['max_iters'] * run['tokens_per_step'] * run['model']['flops_per_token']
-
-
-def dense_flops(width: int) -> float:
-    """Training FLOPs per token of a dense model of another width."""
-    config = GPTConfig(block_size=T, n_layer=4, n_head=4, n_embd=width, vocab_size=4096)
-    with torch.device('meta'):
-        return GPT(config, seed=0).flops_per_token()
 
 
 def run(out: Path, program: str, *arguments: str):
@@ -401,6 +467,8 @@ def measurements(name: str) -> dict[str, dict[int, dict]]:
     here = ROOT / 'out/experiments' / name
     found: dict[str, dict[int, dict]] = {}
     for stored in find_stored(here if here.exists() else ROOT / 'results' / name):
+        if stored.error:  # as that of a run that has just begun
+            print(f'warning: {stored.folder}: {stored.error}', file=sys.stderr)
         if 'measured' in stored.run:
             arm, seed = stored.folder.parts[-2:]
             found.setdefault(arm, {})[int(seed.removeprefix('seed'))] = stored.run
@@ -409,9 +477,21 @@ def measurements(name: str) -> dict[str, dict[int, dict]]:
 
 def table(study: Study) -> str:
     """Two tables: of every arm the losses, the differences to dense and the costs; and the losses by part.
-    Means over seeds, with 95 % intervals of paired differences."""
+    Means over the seeds that are done, with 95 % intervals of paired differences."""
     arms, own = measurements(study.arms.name), measurements(study.parts.name)
     parts = [*study.experts, study.unseen]
+    columns = [*(arms.get(arm, {}) for arm in ARMS), *(own.get(part, {}) for part in parts)]
+    seeds = sorted(set.intersection(*map(set, columns)))
+    if not seeds:
+        sys.exit(f'{study.arms}: no seed is done yet; run this program without --table')
+    arms, own = (
+        {
+            name: {seed: runs[seed] for seed in seeds}
+            for name, runs in found.items()
+            if name in [*ARMS, *parts]
+        }
+        for found in (arms, own)
+    )
 
     def losses(runs: dict[int, dict], *parts: str) -> dict[int, float]:
         """seed -> mean loss over parts"""
@@ -454,10 +534,9 @@ def table(study: Study) -> str:
         lines.append(row([label, *(f'{statistics.fmean(losses(runs, p).values()):.3f}' for p in parts)]))
     alone = [f'{statistics.fmean(losses(own[p], p).values()):.3f}' for p in parts]
     lines.append(row(['each expert on its own part', *alone]))
-    seeds = ', '.join(map(str, sorted(arms['dense'])))
-    one = arms['dense'][min(arms['dense'])]
+    one = arms['dense'][seeds[0]]
     where = f'{one["device"]["name"]}, torch {one["versions"]["torch"]}'
-    lines += ['', f'Seeds {seeds}; commit {one["commit"][:9]}; {where}.']
+    lines += ['', f'Seeds {", ".join(map(str, seeds))}; commit {one["commit"][:9]}; {where}.']
     return '\n'.join(['', *lines, ''])
 
 
@@ -470,12 +549,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument('name', choices=KINDS)
     parser.add_argument('--files', nargs='+', default=[], help='source: the rows that the data was made from')
+    parser.add_argument('--scale', choices=SCALES, default='small')
     parser.add_argument('--seeds', default='0,1,2', help='0,1,2')
     parser.add_argument('--rates', action='store_true', help='try learning rates, on seed 1000')
     parser.add_argument('--table', action='store_true', help='print the tables of what is done')
     parser.add_argument('--insert', type=Path, help='with --table: a Markdown file that gets them as well')
     args = parser.parse_args()
-    study = Study(args.name)
+    study = Study(args.name, args.scale)
     if args.table:
         text = table(study)
         if args.insert:

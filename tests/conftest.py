@@ -48,7 +48,7 @@ def shared():
 def browser():
     """A headless Chromium; the test skips without one."""
     sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright')
-    names = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+    names = ('chromium', 'chromium-browser', 'chromium-headless-shell', 'google-chrome', 'chrome')
     path = next((found for name in names if (found := shutil.which(name))), None)
     if path is None:
         pytest.skip('needs a Chromium: none of ' + ', '.join(names) + ' is here')

@@ -242,10 +242,17 @@ def test_another_routing_needs_no_training(pair, parts, tmp_path):
     assert not Path(tmp_path / 'one' / 'parts' / 'late.pt').exists()
 
 
-def test_transformers_do_not_get_it(pair, tmp_path):
-    pytest.importorskip('transformers')
+def test_it_is_exported_with_its_parts_in_one_folder(parts, pair, tmp_path):
+    transformers = pytest.importorskip('transformers')
     import hf
 
-    with pytest.raises(hf.ExportError, match='a Composed has no form for transformers'):
-        hf.main(flags(pair, to=tmp_path / 'exported'))
-    assert not (tmp_path / 'exported').exists()
+    assert run(parts, tmp_path / 'one', pair, top_k=1, max_iters=0) == 0
+    model, _ = load_model(tmp_path / 'one')
+    assert hf.main(flags(tmp_path / 'one', to=tmp_path / 'exported')) == 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'exported').eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    ids = tokenizer('some text', return_tensors='pt')['input_ids']
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits[..., :257], model(ids)[0][..., :257])
+    made = loaded.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(made, model.generate(ids, 5, temperature=0))

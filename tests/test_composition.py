@@ -212,10 +212,8 @@ def test_a_cache_is_rewound_and_its_rows_are_chosen():
     rows = torch.tensor([2, 2, 0, 1])
     cache.select(rows)
     torch.testing.assert_close(model.hidden(idx[rows, 20:], cache), model.hidden(idx[rows])[:, 20:])
-    leap = make(experts={'leap': replace(BASE, attention='leap')}).new_cache(1)
-    assert leap.rewinds
-    leap.expert('leap')
-    assert not leap.rewinds
+    # not even before the expert has run: a guess that is taken back may be what asks for it
+    assert not make(experts={'leap': replace(BASE, attention='leap')}).new_cache(1).rewinds
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -101,8 +101,8 @@ def test_the_last_token_pays_nothing_outside_its_window():
         assert (paid[:, :15] == 0).all() and (paid[:, 15:] > 0).all()
 
 
-def composed(**changes) -> Composed:
-    parts = {name: GPTConfig(**{**SIZE, **more}) for name, more in EXPERTS.items()}
+def composed(experts=EXPERTS, **changes) -> Composed:
+    parts = {name: GPTConfig(**{**SIZE, **more}) for name, more in experts.items()}
     experts = tuple(Expert(name, '', config) for name, config in parts.items())
     model = Composed(ComposedConfig(**SIZE, experts=experts, **changes), seed=0).eval()
     generator = torch.Generator().manual_seed(1)
@@ -220,3 +220,32 @@ def test_the_page_in_a_browser(browser, tmp_path):
     assert 'of a text this long' in page.locator('#guide').inner_text()
     assert problems == []
     page.close()
+
+
+def test_the_page_of_a_composed_model_in_a_browser(browser, tmp_path):
+    """It opens on whom tokens ask for; narrow pages and pictures show all of it."""
+    names = [f'an-expert-of-a-long-name-{i}' for i in range(4)]
+    views = explain.look(composed({name: {} for name in names}, top_k=1), list(range(16)))
+    (tmp_path / 'explain.html').write_text(explain.page(['a'] * 16, views, 'a run'), encoding='utf-8')
+    page = browser.new_page(viewport={'width': 400, 'height': 600})
+    problems = []
+    page.on('pageerror', lambda error: problems.append(str(error)))
+    page.goto((tmp_path / 'explain.html').as_uri())
+    (gates,) = (view for view in views if view.names)
+    assert page.locator('#view option:checked').inner_text() == gates.title
+    assert page.locator('#row').inner_text() == 'expert'
+    assert page.locator('#scale span').all_inner_texts() == names
+    colours = page.locator('#text span').evaluate_all('all => all.map(s => s.style.backgroundColor)')
+    best = torch.tensor(gates.heads).argmax(0).tolist()
+    hues = [colour.split('(')[1].split()[0] for colour in colours]
+    assert all((hues[i] == hues[j]) == (best[i] == best[j]) for i in range(16) for j in range(16))
+    assert page.evaluate('document.documentElement.scrollWidth') <= 400
+    page.select_option('#head', '1')
+    assert page.locator('#scale span').all_inner_texts() == names[1:2]
+    page.select_option('#view', '0')
+    assert page.locator('#row').inner_text() == 'head'
+    assert problems == []
+    page.close()
+    _, _, lines = explain.shades_of(gates, -1)
+    assert len(lines) > 1 and all(name in ' '.join(lines) for name in names)
+    assert max(map(len, lines)) <= explain.TITLE
