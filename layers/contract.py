@@ -45,7 +45,7 @@ class Memory:
     at, places in a step of fixed shapes (decoding.py): the place of the one token among those so far, a
                LongTensor (1,), and the places of a cache that are looked at, 0, 1, 2, …; else None
     weights    where somebody asks for them, a list to which every attention with scores appends who looks at
-               whom, (B, n_head, T, S); else None
+               whom, (B, n_head, T, S), less than 1 in all where a token looks at more than tokens; else None
     """
 
     def __init__(self, rotate=unrotated, real=None, T: int = 0, tokens=None, embedded=None, embed=None):

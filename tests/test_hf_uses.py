@@ -78,7 +78,11 @@ def test_attentions_are_the_weights_that_were_used(kind):
     assert len(out.attentions) == model.config.n_layer
     for weights, others in zip(out.attentions, padded.attentions, strict=True):
         assert weights.shape == (2, model.config.n_head, 6, 6)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, model.config.n_head, 6))
+        sums = weights.sum(-1)
+        if kind == 'moda':  # the rest goes to other layers
+            assert (sums < 1 + 1e-5).all() and (sums > 0).all()
+        else:
+            torch.testing.assert_close(sums, torch.ones(2, model.config.n_head, 6))
         assert (weights.triu(1) == 0).all() and (others[1, :, 2:, :2] == 0).all()
     model.set_attn_implementation('eager')  # step by step, without being asked for the weights
     torch.testing.assert_close(model(ids).logits, plain.logits, rtol=1e-4, atol=1e-5)

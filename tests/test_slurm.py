@@ -43,8 +43,10 @@ if name == 'sbatch':
 elif name == 'squeue':
     for path in sorted(home.glob('*_*')):
         pid, comment = path.read_text().split(' ', 1)
-        stat = Path(f'/proc/{{pid}}/stat')
-        alive = stat.exists() and stat.read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+        try:
+            alive = Path(f'/proc/{{pid}}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+        except OSError:  # it is gone, or goes while it is read
+            alive = False
         if alive or not (home / 'forgotten').exists():
             state = 'PENDING|Priority' if (home / 'full').exists() else 'RUNNING|None'
             print(f'{{path.name}}|{{state if alive else "COMPLETED|None"}}|{{comment}}')
