@@ -45,6 +45,7 @@ class Knobs(TrainingKnobs):
     top_k: int = 0  # experts that a token may have; 0 = all
     threshold: float = 0.0  # a gate below this asks for nothing
     route: str = 'token'  # who chooses: token (each for itself) | text (the mean of all tokens so far)
+    voice: bool = True  # whether what the experts predict counts too
 
     dropout: ClassVar[float] = 0.0  # nothing that is trained here has any
 
@@ -113,7 +114,7 @@ def read_parts(k: Knobs) -> tuple[Part, dict[str, Part], ComposedConfig | None]:
         if isinstance(model, Composed):
             if name:
                 raise ConfigError(f'experts={word!r}: a composed run, whose experts have names already')
-            composed = refuse_other_reads(model.config, composed, k)
+            composed = refuse_other_joints(model.config, composed, k)
             bases[folder] = Part(checkpoint.load(part_file(Path(folder), BASE)))
             found = {
                 e: Part(checkpoint.load(part_file(Path(folder), e)), joint.state_dict())
@@ -142,8 +143,13 @@ def read_parts(k: Knobs) -> tuple[Part, dict[str, Part], ComposedConfig | None]:
     return base, experts, composed
 
 
-def refuse_other_reads(found: ComposedConfig, before: ComposedConfig | None, k: Knobs) -> ComposedConfig:
-    """The config of a composed run, if its experts are read where those of the others are."""
+def refuse_other_joints(found: ComposedConfig, before: ComposedConfig | None, k: Knobs) -> ComposedConfig:
+    """The config of a composed run, if its experts are joined as those of the others are."""
+    if found.voice != k.voice:
+        raise ConfigError(
+            f'voice={k.voice}, but a composed run among the experts has voice={found.voice}: what joins '
+            f'experts fits that alone; give --voice={str(found.voice).lower()}'
+        )
     for reads in {k.reads, before.reads if before else ''} - {''}:
         if replace(found, reads=reads).reads != found.reads:
             raise ConfigError(
@@ -174,6 +180,7 @@ def composed_config(k: Knobs, base: Part, experts: dict[str, Part], among: Compo
             top_k=k.top_k,
             threshold=k.threshold,
             route=k.route,
+            voice=k.voice,
         )
     except ValueError as e:
         raise ConfigError(str(e)) from None

@@ -12,6 +12,10 @@ deeper or shallower. All of them are frozen. What joins an expert to the base is
     gate   A linear layer and a sigmoid on the base's stream, as it enters the first layer that reads, say how
            much a token asks for the expert (PHATGOOSE; Muqeeth et al., 2024, arXiv:2402.05859). What is read
            counts times that.
+    voice  What an expert predicts counts as well: with its gate, times a strength that is zero at first and
+           is learned, as its share in a mixture of the probabilities, of which the base has the rest (as in
+           cBTM, arXiv:2303.14177, where distances of texts are what the gates are here). Where the shares
+           would come to more than 1 they are divided by their sum.
 
 Of the experts that a token asks for, `top_k` and `threshold` keep some. An expert that no token of a
 sequence asks for is not run. In generation it runs when a token asks for it, over all tokens that it has
@@ -22,6 +26,7 @@ experts.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +38,7 @@ from torch.nn import functional as F
 
 from layers.contract import PADDING, Counted, captured
 from layers.heads import KVCache, attend
+from layers.loss import log_mixture, log_p
 from layers.positions import POSITIONS
 from layers.registry import ATTENTIONS
 from layers.spec import by_layer
@@ -113,6 +119,7 @@ class ComposedConfig(GPTConfig):
     top_k: int = 0  # experts that a token may have; 0 = all
     threshold: float = 0.0  # a gate below this asks for nothing
     route: str = 'token'  # who chooses: token (each for itself) | text (the mean of all tokens so far)
+    voice: bool = False  # whether what the experts predict counts too
 
     def __post_init__(self):
         super().__post_init__()
@@ -254,6 +261,17 @@ class Joint(nn.Module):
             }
         )
         self.depth = max(read.depth for read in self.reads.values())  # blocks of the expert that are run
+        if config.voice:
+            self.depth, self.strength = expert.config.n_layer, nn.Parameter(torch.zeros(()))
+
+    def init_own(self, generator):
+        if hasattr(self, 'strength'):
+            self.strength.zero_()
+
+    def share(self, gates):
+        """Gates (...) -> how much of the mixture the expert's voice would have, (...), at least 0. A strength
+        below 0 counts as 0, but keeps its gradient, so that it finds its way back."""
+        return gates * (self.strength + (self.strength.clamp(min=0) - self.strength).detach())
 
     def backward_flops_per_token(self, T: int) -> int:
         """The expert's stream gets no gradient, so that of c_kv and c_same only the weights have one."""
@@ -363,6 +381,7 @@ class Offer(NamedTuple):
     gate: torch.Tensor  # (sequences, T, 1)
     rows: torch.Tensor | None  # the sequences of the batch that it was run on; None: all
     read: dict[str, tuple]  # layer of the base -> what Reading.project has for it
+    said: torch.Tensor | None  # what the expert's head reads (sequences, T, width); None without voices
 
 
 @contextlib.contextmanager
@@ -379,14 +398,15 @@ def beside(device: torch.device):
         yield stream
 
 
-def wait_for(stream, read: dict[str, tuple]):
-    """Have the current stream wait for one of `beside`, where `read` (as of Offer) was made."""
+def wait_for(stream, read: dict[str, tuple], said):
+    """Have the current stream wait for one of `beside`, where `read` and `said` (as of Offer) were made."""
     if stream is None:
         return
     current = torch.cuda.current_stream(stream.device)
     current.wait_stream(stream)
-    for tensor in (tensor for tensors in read.values() for tensor in tensors):
-        tensor.record_stream(current)  # its memory is not given away while the current stream reads it
+    for tensor in (tensor for tensors in (*read.values(), (said,)) for tensor in tensors):
+        if tensor is not None:
+            tensor.record_stream(current)  # its memory is not given away while the current stream reads it
 
 
 class Composed(GPT):
@@ -431,7 +451,7 @@ class Composed(GPT):
     def describe(self) -> str:
         c = self.config
         chosen = f'top_k {c.top_k}, threshold {c.threshold:g}, route {c.route}'
-        lines = [super().describe(), f'reads {c.reads}, {chosen}']
+        lines = [super().describe(), f'reads {c.reads}, {chosen}{", with voices" * c.voice}']
         for name, fingerprint in [('base', c.base), *((e.name, e.fingerprint) for e in c.experts)]:
             lines.append(f'{name} {fingerprint[:12]}')
         return '\n'.join(lines)
@@ -442,7 +462,8 @@ class Composed(GPT):
         layers = ', '.join(str(read.layer) for read in c.read_list())
         return (
             f'{c.attention}, {c.n_layer} layers, {c.n_embd} wide, with {len(c.experts)} experts ({names}) '
-            f'that layers {layers} read, {self.num_params() / 1e6:.2f}M parameters, of which '
+            f'that layers {layers} read{" and that speak" * c.voice}, '
+            f'{self.num_params() / 1e6:.2f}M parameters, of which '
             f'{count(self.joints) / 1e6:.2f}M join them'
         )
 
@@ -453,8 +474,9 @@ class Composed(GPT):
     def hidden(
         self, idx, cache: ComposedCache | None = None, pos=None, real=None, streams=None, weights=None
     ):
-        """As GPT.hidden. Who wants to look into the base gives lists: streams gets what each block reads,
-        weights who looks at whom, as in Memory."""
+        """As GPT.hidden; with voices to that come (in the last dimension) what the head of each expert reads,
+        zeros where a token does not ask for it, and the gates of all. Who wants to look into the base gives lists: streams
+        gets what each block reads, weights who looks at whom, as in Memory."""
         x, memory = self.embed(idx, cache, pos, real)
         memory.weights = weights
         if pos is None:
@@ -473,7 +495,78 @@ class Composed(GPT):
                     x = self.read(i, x, memory, offer)
         if cache is not None:
             cache.length += idx.size(1)
-        return self.transformer.ln_f(x)
+        x = self.transformer.ln_f(x)
+        return self.beside_voices(x, gates, offers) if self.config.voice else x
+
+    def beside_voices(self, x, gates, offers: list[Offer]):
+        """What the base's head reads x (B, T, n_embd), gates (B, T, n) -> (B, T, n_embd + width of each
+        expert + n)"""
+        parts, ran = [x], {offer.joint: offer for offer in offers}
+        for joint, expert in zip(self.joints.values(), self.experts.values(), strict=True):
+            offer, silent = ran.get(joint), x.new_zeros(*x.shape[:2], expert.config.n_embd)  # (B, T, width)
+            if offer is None:
+                parts.append(silent)
+                continue
+            said = offer.said.type_as(x)
+            if self.config.selective:  # a sequence may have tokens that do not ask
+                said = said * (offer.gate > 0)
+            parts.append(said if offer.rows is None else silent.index_copy(0, offer.rows, said))
+        return torch.cat([*parts, gates.type_as(x)], dim=2)
+
+    def split(self, hidden):
+        """What beside_voices gives (..., C) -> what the base's head reads; what each expert's reads; which
+        tokens ask for it, each a mask (...), or None for all; shares (n + 1, ...) of the base and all experts
+        in what is predicted, whose sum is 1."""
+        widths = [self.config.n_embd, *(expert.config.n_embd for expert in self.experts.values())]
+        own, *said, gates = hidden.split([*widths, len(self.joints)], dim=-1)
+        said = [h.detach() for h in said]  # experts are frozen
+        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)).unbind(-1)  # n of (...)
+        shares = torch.stack([joint.share(g) for joint, g in zip(self.joints.values(), gates, strict=True)])
+        shares = shares / shares.sum(0).clamp(min=1)  # (n, ...)
+        rest = (1 - shares.sum(0)).clamp(min=0)
+        asks = [g > 0 if self.config.selective else None for g in gates]
+        return own, said, asks, torch.cat([rest[None], shares])
+
+    def logits(self, hidden, vocab: int | None = None):
+        """As GPT.logits; with voices the log-probabilities of the mixture, where an expert has a share. Those
+        of less than the smallest number that is not 0 are rounded up to it."""
+        if not self.config.voice:
+            return super().logits(hidden, vocab)
+        own, said, asks, shares = self.split(hidden)
+        own = super().logits(own.contiguous(), vocab)  # products of a cut would be rounded in another way
+        exact = torch.promote_types(own.dtype, torch.float32)
+        rest, *shares = shares.to(exact)[..., None]  # (..., 1) each
+        p = rest * own.softmax(-1, dtype=exact)
+        for expert, h, who, share in zip(self.experts.values(), said, asks, shares, strict=True):
+            if who is None:
+                p = torch.addcmul(p, share, expert.logits(h, vocab).softmax(-1, dtype=exact))
+                continue
+            rows, h = who.flatten().nonzero().squeeze(1), h.flatten(0, -2)  # (tokens that ask), (N, width)
+            if len(rows):
+                found = share.flatten(0, -2)[rows] * expert.logits(h[rows], vocab).softmax(-1, dtype=exact)
+                p = p.flatten(0, -2).index_add(0, rows, found).view_as(p)  # (N, V) for a moment
+        log_p = p.clamp(min=torch.finfo(exact).tiny).log()
+        return torch.where(rest == 1, own.to(exact), log_p)
+
+    def loss(self, hidden, targets, vocab: int | None = None):
+        """As GPT.loss."""
+        if not self.config.voice:
+            return super().loss(hidden, targets, vocab)
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()  # (N, C), (N,)
+        counted = targets != -1
+        labels = targets.masked_fill(~counted, 0)
+        own, said, asks, shares = self.split(hidden)
+        found = []
+        for part, h, who in zip([self, *self.experts.values()], [own, *said], [None, *asks], strict=True):
+            weight, softcap = part.lm_head.weight, part.config.softcap
+            weight = weight if vocab is None else weight[:vocab]
+            if who is None:
+                found.append(log_p(h, weight, labels, softcap))
+            else:
+                of_all = torch.full_like(found[0], -math.inf)
+                found.append(of_all.index_put([who], log_p(h[who], weight, labels[who], softcap)))
+        mixed = log_mixture(torch.stack(found), shares.to(found[0].dtype))  # (N,)
+        return -mixed.masked_fill(~counted, 0).sum() / counted.sum()
 
     def ask(self, x, idx, cache, pos, real):
         """The stream x (B, T, C) that enters the first layer which reads -> gates (B, T, n), 0 where a token
@@ -510,16 +603,17 @@ class Composed(GPT):
                 there = None if real is None else real[rows]
             inputs = (ids, at, there)
             with beside(idx.device) as stream:
-                read = self.run(name, idx.size(1), *inputs, own)
-            running.append((stream, read, inputs))  # whose memory is not to be given away before it is read
-            offers.append(Offer(joint, gate, rows, read))
-        for stream, read, _ in running:
-            wait_for(stream, read)
+                read, said = self.run(name, idx.size(1), *inputs, own)
+            running.append((stream, inputs))  # whose memory is not to be given away before it is read
+            offers.append(Offer(joint, gate, rows, read, said))
+        for (stream, _), offer in zip(running, offers, strict=True):
+            wait_for(stream, offer.read, offer.said)
         return offers
 
-    def run(self, name: str, T: int, idx, pos, real, cache: ExpertCache | None = None) -> dict:
+    def run(self, name: str, T: int, idx, pos, real, cache: ExpertCache | None = None) -> tuple:
         """Run an expert on ids idx at positions pos, which it has not seen and of which the last T are new to
-        the base -> {layer of the base: what Reading.project has for it}."""
+        the base -> ({layer of the base: what Reading.project has for it}, what the expert's own head reads of
+        the last T, or None without voices)."""
         expert, joint = self.experts[name], self.joints[name]
         x, memory = expert.embed(idx, cache, pos, real)
         read = {}
@@ -532,7 +626,7 @@ class Composed(GPT):
                     read[layer] = k, v, same
         if cache is not None:
             cache.length += idx.size(1)
-        return read
+        return read, expert.transformer.ln_f(x[:, -T:]) if self.config.voice else None
 
     def read(self, i: int, x, memory, offer: Offer):
         """The base's stream x (B, T, C) after layer i, with what its heads read of an expert."""
@@ -551,6 +645,7 @@ class Composed(GPT):
         T, blocks = T or self.config.block_size, self.transformer.h
         per_expert = [
             flops(self.experts[name].transformer.h[: joint.depth], T)
+            + (flops(self.experts[name].lm_head, T) if self.config.voice else 0)
             + (flops(joint, T) + joint.backward_flops_per_token(T) if backward else flops(joint, T))
             for name, joint in self.joints.items()
         ]

@@ -62,7 +62,6 @@ from data.files import CorpusError
 from data.sources import read_text
 from data.tokendata import Examples, eval_batch, eval_windows, open_data
 from data.tokenizer import from_spec
-from layers.loss import linear_cross_entropy
 from model import GPT
 from runs import pretrained
 from runs.datasets import bytes_per_token, data_folder
@@ -104,7 +103,6 @@ def loss_on(model: GPT, tokens, window: int, stride: int, batch_size: int, devic
         starts, skip = eval_windows(tokens, window, 0)
     else:
         starts, skip = windows(len(tokens), window, stride)
-    real = model.lm_head.weight[: model.config.vocab_used or None]
     total = count = 0
     batch_size = min(batch_size, len(starts))
     batches = range(-(-len(starts) // batch_size))
@@ -114,7 +112,7 @@ def loss_on(model: GPT, tokens, window: int, stride: int, batch_size: int, devic
             torch.from_numpy(a).to(device) for a in eval_batch(tokens, starts, skip, i, batch_size, window)
         )
         with autocast():
-            mean = linear_cross_entropy(model.hidden(x), real, y, softcap=model.config.softcap)
+            mean = model.loss(model.hidden(x), y, model.config.vocab_used or None)
         n = int((y != -1).sum())
         total, count = total + mean.item() * n, count + n
     return total / count

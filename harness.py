@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from layers.loss import soft_capped
 from runs.text import check_sampling, finite_logits, stream_text
 
 try:
@@ -70,7 +69,6 @@ class HarnessLM(TemplateLM):
                 'there is nothing to predict'
             )
         longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        real = self.model.lm_head.weight[: self.model.config.vocab_used or None]
         results = {}
         for at in range(0, len(requests), self.batch_size):
             batch = longest_first[at : at + self.batch_size]
@@ -79,13 +77,13 @@ class HarnessLM(TemplateLM):
             for row, sequence in zip(x, ids, strict=True):
                 row[: len(sequence) - 1] = torch.tensor(sequence[:-1])
             with self.autocast():
-                hidden = self.model.hidden(x.to(self._device))  # (B, T, n_embd)
+                hidden = self.model.hidden(x.to(self._device))  # (B, T, C)
                 for i, row, sequence in zip(batch, hidden, ids, strict=True):
                     n = min(len(requests[i][2]), len(sequence) - 1)  # tokens of the continuation
                     target = torch.tensor(sequence[-n:], device=self._device)
                     end = len(sequence) - 1
-                    logits = F.linear(row[end - n : end], real)  # (n, ids)
-                    logits = soft_capped(logits, self.model.config.softcap)
+                    used = self.model.config.vocab_used or None
+                    logits = self.model.logits(row[end - n : end], used)  # (n, ids)
                     log_p = F.log_softmax(logits.float(), dim=-1)
                     total = log_p.gather(1, target[:, None]).sum().item()
                     if not math.isfinite(total):

@@ -218,13 +218,15 @@ class LanguageModel(nn.Module):
             return self.logits(hidden), None
         return None, self.loss(hidden, targets)
 
-    def logits(self, hidden):
-        """What hidden() gives (B, T, C) -> logits (B, T, vocab_size)."""
-        return soft_capped(self.lm_head(hidden), self.config.softcap)
+    def logits(self, hidden, vocab: int | None = None):
+        """What hidden() gives (..., C) -> logits (..., vocab_size); vocab: those of the first ids alone."""
+        logits = self.lm_head(hidden) if vocab is None else F.linear(hidden, self.lm_head.weight[:vocab])
+        return soft_capped(logits, self.config.softcap)
 
-    def loss(self, hidden, targets):
-        """The mean loss of targets (B, T), -1 where none counts, in nats per token."""
+    def loss(self, hidden, targets, vocab: int | None = None):
+        """The mean loss of targets (B, T), -1 where none counts, in nats per token; vocab as of logits."""
         weight, softcap = self.lm_head.weight, self.config.softcap
+        weight = weight if vocab is None else weight[:vocab]
         return linear_cross_entropy(hidden, weight, targets, ignore_index=-1, softcap=softcap)
 
     def step(self, part: nn.Module, *args):

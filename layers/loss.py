@@ -15,6 +15,7 @@ import warnings
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from layers.windowed_mean import without_autocast
 
@@ -108,6 +109,32 @@ def linear_cross_entropy(
         fused = how == 'fused'
         return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows, dtype, softcap, fused)
     return _chunked(hidden, weight, targets, ignore_index, rows, dtype, softcap, False, False)[0]
+
+
+def log_p(hidden, weight, targets, softcap: float = 0.0, rows: int | None = None):
+    """hidden (N, C), weight (V, C), targets (N,) of token ids -> the log-probability (N,) of each target, in
+    fp32 at least; rows and softcap as of linear_cross_entropy. The logits of some rows at a time are made
+    once more for the gradient."""
+
+    def of_some(hidden, targets):
+        logits = soft_capped(F.linear(hidden, weight), softcap)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        return -F.cross_entropy(logits.to(exact), targets, reduction='none')
+
+    rows = rows or max(ROWS.get(hidden.device.type, ROWS['cuda']), LOGITS // weight.size(0))
+    if hidden.size(0) <= rows:
+        return of_some(hidden, targets)
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([of_some(h, t) for h, t in pieces])
+    return torch.cat([checkpoint(of_some, h, t, use_reentrant=False) for h, t in pieces])
+
+
+def log_mixture(log_p, shares):
+    """Log-probabilities log_p (n, ...) and shares of at least 0, likewise, whose sum over n is 1 -> the log (...)
+    of the mixture of the probabilities. A share of 0 has its gradient too, and its log_p may be -inf."""
+    most = (log_p + shares.log()).detach().amax(0)
+    return most + (shares * (log_p - most).clamp(max=80).exp()).sum(0).log()  # the sum is at least 1
 
 
 def _chunked(hidden, weight, targets, ignore_index, rows, dtype, softcap, grad_hidden, grad_weight):

@@ -11,6 +11,7 @@ import torch
 
 from configurator import ConfigError
 from data.tokenizer import from_spec
+from model import LanguageModel
 
 NOT_FINITE = 'the model gives logits that are inf or nan; try --dtype=float32'
 
@@ -34,7 +35,10 @@ def finite_logits(model):
         if not torch.isfinite(logits).all():
             raise ConfigError(NOT_FINITE)
 
-    with model.lm_head.register_forward_hook(look):
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():  # a composed model has experts, and each of them a head
+            if isinstance(module, LanguageModel):
+                stack.enter_context(module.lm_head.register_forward_hook(look))
         yield
 
 

@@ -32,6 +32,9 @@ KINDS = {
     'windows': {'attention': 'vanilla(window=5)', 'top_k': 1},
     'shares of the embedding': {'x0_skip': True, 'softcap': 5.0, 'tied': False},
     'lowest layer': {'reads': '0(heads=1, depth=1)', 'top_k': 1},
+    'voices': {'voice': True},
+    'voices, one per text': {'voice': True, 'top_k': 1, 'route': 'text'},
+    'voices, threshold': {'voice': True, 'threshold': 0.6, 'tied': False, 'softcap': 5.0},
 }
 
 
@@ -50,6 +53,9 @@ def make(std=0.2, seed=1, **changes) -> Composed:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.empty_like(p).normal_(0.0, std, generator=generator))
+        if model.config.voice:  # shares whose sum is more than 1 for some tokens, and less for others
+            for i, joint in enumerate(model.joints.values()):
+                joint.strength.fill_(0.4 + 0.3 * i)
     return model.double()
 
 
@@ -141,6 +147,7 @@ def reference(model, row):
         {'top_k': 1, 'route': 'text'},
         {'threshold': 0.6, 'top_k': 2},
         {'reads': '0(heads=1) 2(heads=3, depth=2)', 'top_k': 2},
+        {'voice': True, 'top_k': 2},
     ],
     ids=str,
 )
@@ -149,7 +156,7 @@ def test_it_equals_the_reference_of_single_tokens(changes):
     model = make(**changes)
     idx = tokens(2, 12)
     wanted = torch.stack([reference(model, row) for row in idx])
-    torch.testing.assert_close(model.hidden(idx), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.hidden(idx)[..., :32], wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -162,18 +169,80 @@ def test_a_new_one_computes_what_its_base_computes_bit_for_bit(kind, dtype):
     with torch.no_grad(), torch.autocast('cpu', dtype, enabled=dtype == torch.bfloat16):
         wanted = base.logits(base.hidden(idx))
         assert torch.equal(model.logits(model.hidden(idx)), wanted)
-        cache = model.new_cache(3)
-        one_by_one = torch.cat([model.hidden(idx[:, i : i + 1], cache) for i in range(24)], dim=1)
-        own = base.new_cache(3)
-        assert torch.equal(
-            one_by_one, torch.cat([base.hidden(idx[:, i : i + 1], own) for i in range(24)], dim=1)
-        )
+        cache, own = model.new_cache(3), base.new_cache(3)
+        for i in range(24):
+            one, wanted = (
+                m.logits(m.hidden(idx[:, i : i + 1], c)) for m, c in ((model, cache), (base, own))
+            )
+            assert torch.equal(one, wanted)
     with torch.no_grad():
         for p in model.joints.parameters():
             p.add_(0.1)
         for joint in model.joints.values():
             joint.gate.bias.fill_(5)
-        assert not torch.equal(model.hidden(idx), base.hidden(idx))
+        assert not torch.equal(model(idx)[0], base(idx)[0])
+
+
+VOICES = [kind for kind, changes in KINDS.items() if 'voice' in changes]
+
+
+@pytest.mark.parametrize('vocab', [None, 50])
+@pytest.mark.parametrize('kind', VOICES)
+@torch.no_grad()
+def test_voices_are_a_mixture_of_probabilities(kind, vocab):
+    """Token by token, against the models by themselves."""
+    model, idx = make(**KINDS[kind]), tokens(2, 12)
+    gates, hidden, sums = gates_of(model, idx), model.hidden(idx), []
+    found = model.logits(hidden, vocab).softmax(2)
+    for b, t in [(b, t) for b in range(2) for t in range(12)]:
+        p = GPT.logits(model, hidden[b, t, :32], vocab).softmax(0)
+        shares = [g * j.strength for g, j in zip(gates[b, t], model.joints.values(), strict=True)]
+        whole = sum(shares)
+        sums.append(whole)
+        shares = [share / max(1, whole) for share in shares]
+        mixed = (1 - sum(shares)) * p
+        for share, expert in zip(shares, model.experts.values(), strict=True):
+            mixed += share * expert.logits(expert.hidden(idx[b : b + 1]), vocab)[0, t].softmax(0)
+        torch.testing.assert_close(found[b, t], mixed, rtol=1e-9, atol=1e-12)
+    assert kind != 'voices' or min(sums) < 1 < max(sums)
+
+
+@pytest.mark.parametrize('kind', VOICES)
+@pytest.mark.parametrize('new', [False, True])
+def test_the_loss_of_voices_is_that_of_their_logits_with_its_gradient(kind, new, monkeypatch):
+    """Also in pieces, and where no expert has a share yet."""
+    model, idx = make(**{**KINDS[kind], 'threshold': 0.0} if new else KINDS[kind]), tokens()
+    if new:
+        model.init_joints(3)
+    targets = tokens(seed=4).masked_fill(tokens(seed=5) < 9, -1)
+
+    def gradients(loss):
+        given = torch.autograd.grad(loss, list(model.joints.parameters()))
+        return dict(zip(dict(model.joints.named_parameters()), given, strict=True))
+
+    log_p = model.logits(model.hidden(idx)).log_softmax(2)
+    wanted = F.nll_loss(log_p.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    of_logits = gradients(wanted) if not new else None
+    for rows in (512, 7):
+        monkeypatch.setattr('layers.loss.LOGITS', 0)
+        monkeypatch.setattr('layers.loss.ROWS', {'cpu': rows, 'cuda': rows})
+        found = model(idx, targets)[1]
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+        for name, gradient in gradients(found).items():
+            if of_logits:
+                torch.testing.assert_close(gradient, of_logits[name], rtol=1e-7, atol=1e-12, msg=name)
+            elif name.endswith('strength') and gates_of(model, idx).any():
+                assert gradient != 0, name
+
+
+def test_a_strength_below_zero_counts_as_zero_and_finds_its_way_back():
+    model, idx = make(voice=True), tokens()
+    with torch.no_grad():
+        model.joints['deep'].strength.fill_(-0.3)
+    _, _, _, shares = model.split(model.hidden(idx))
+    assert (shares[2] == 0).all() and (shares[1] > 0).all()
+    model(idx, tokens(seed=1))[1].backward()
+    assert model.joints['deep'].strength.grad != 0
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -339,7 +408,7 @@ def seconds(run) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize('kind', ['all', 'reflex base', 'lowest layer'])
+@pytest.mark.parametrize('kind', ['all', 'reflex base', 'lowest layer', 'voices'])
 def test_flops_are_those_that_torch_counts(kind):
     with torch.device('meta'):
         model = Composed(composed_config(**{**KINDS[kind], 'top_k': 0}), seed=0)
@@ -355,35 +424,39 @@ def test_flops_are_those_that_torch_counts(kind):
     assert counter.get_total_flops() == 72 * (model.flops_per_token() - spared)
 
 
+@pytest.mark.parametrize('voice', [True, False])
 @pytest.mark.parametrize('k', [1, 2, 4])
-def test_composing_k_of_n_costs_little_more_than_the_models_that_run(k):
-    """At the size of config/sizes/size_cpu.py; beside experts as far as they are run, without their heads."""
+def test_composing_k_of_n_costs_little_more_than_the_models_that_run(k, voice):
+    """At the size of config/sizes/size_cpu.py; experts as far as they are run, without voices without heads."""
     experts = dict.fromkeys('abcd', CPU)
-    config = composed_config(experts, **{**asdict(CPU), 'top_k': k, 'route': 'text'})
+    config = composed_config(experts, **{**asdict(CPU), 'top_k': k, 'route': 'text', 'voice': voice})
     model = Composed(config, seed=0).eval()
     for i, joint in enumerate(model.joints.values()):  # all texts ask for the same experts
         torch.nn.init.constant_(joint.gate.bias, -i)
     idx = tokens(2, 256)
     base = GPT(CPU, seed=0).eval()
     alone = counted(base, idx)
-    head = 2 * base.lm_head.weight.numel() * idx.numel()
+    head = 0 if voice else 2 * base.lm_head.weight.numel() * idx.numel()
     found, parts = counted(model, idx), alone + k * (alone - head)
     assert found <= 1.1 * parts
     assert found == idx.numel() * model.flops_per_token(backward=False)
-    ratio = seconds(lambda: model(idx)) / (seconds(lambda: base(idx)) + k * seconds(lambda: base.hidden(idx)))
+    expert = base if voice else base.hidden
+    ratio = seconds(lambda: model(idx)) / (seconds(lambda: base(idx)) + k * seconds(lambda: expert(idx)))
     print(
-        f'{k} of 4 experts: {found / parts:.3f} times the FLOPs, {ratio:.2f} times the seconds of the parts'
+        f'{k} of 4 experts{" that speak" * voice}: {found / parts:.3f} times the FLOPs, {ratio:.2f} times '
+        'the seconds of the parts'
     )
 
 
 def held_for_backward(model, idx) -> int:
-    """Bytes that autograd keeps beside the weights, each tensor once."""
-    weights = {p.data_ptr() for p in model.parameters()}
+    """Bytes that autograd keeps beside the weights, each once, however many tensors look at them."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(x):
-        if x.data_ptr() not in weights:
-            kept[x.data_ptr()] = x.untyped_storage().nbytes()
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in weights:
+            kept[memory.data_ptr()] = memory.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -392,21 +465,24 @@ def held_for_backward(model, idx) -> int:
     return sum(kept.values())
 
 
-def test_training_the_joints_needs_little_of_the_memory_of_fine_tuning():
+@pytest.mark.parametrize('voice', [True, False])
+def test_training_the_joints_needs_little_of_the_memory_of_fine_tuning(voice):
     """Activations that are kept, and 3 numbers per trained weight: its gradient and two of the optimizer."""
     experts = dict.fromkeys('abcd', CPU)
-    model, base = Composed(composed_config(experts, **asdict(CPU)), seed=0), GPT(CPU, seed=0)
+    config = composed_config(experts, **asdict(CPU), voice=voice)
+    model, base = Composed(config, seed=0), GPT(CPU, seed=0)
     idx = tokens(4, 256)
     needs = []
     for m in (model.train(), base):
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
         needs.append(held_for_backward(m, idx) + 12 * trained)
     assert needs[0] <= 0.6 * needs[1], needs
-    print(f'4 experts joined: {needs[0] / needs[1]:.2f} of what fine-tuning the base needs')
+    print(f'4 experts joined{", voices" * voice}: {needs[0] / needs[1]:.2f} of what fine-tuning the base needs')
 
 
-def test_no_frozen_weight_gets_a_gradient():
-    model = make().float().train()
+@pytest.mark.parametrize('voice', [True, False])
+def test_no_frozen_weight_gets_a_gradient(voice):
+    model = make(voice=voice).float().train()
     model(tokens(), tokens(seed=1))[1].backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == name.startswith('joints.'), name
