@@ -229,6 +229,7 @@ def main(argv: list[str]) -> int:
         state = checkpoint.load_folder(k.out_dir, resume=True) if resume else None
         if state is not None:
             model, _ = load_model(k.out_dir, checkpoint.LAST)
+            k = replace(k, voice=model.config.voice)  # runs are older than this knob
             tokenizer = state['tokenizer']
         else:
             base, experts, among = read_parts(k)

@@ -255,6 +255,8 @@ class Study:
         base = f'--base={self.folder("seed", seed)}'
         named = [f'{part}={self.expert(part, seed)}' for part in self.experts]
         self.compose(self.folder('together', seed), named, 'seen', seed, steps['together'], base)
+        silent = '--voice=false'
+        self.compose(self.folder('reading', seed), named, 'seen', seed, steps['together'], base, silent)
         flops = self.training_flops('together', seed)
         for arm in ('dense', 'wide'):
             equal = round(flops / (BATCH * self.scale.block * self.scale.flops(arm)))
@@ -267,7 +269,7 @@ class Study:
         self.compose(self.folder('grown', seed), both, self.unseen, seed, steps['grown'])
         less = f'--forget={self.experts[0]}'
         self.compose(self.folder('forgot', seed), [self.folder('grown', seed)], 'seen', seed, 0, less)
-        for arm in ('seed', 'together', 'dense', 'wide', 'apart', 'grown', 'forgot'):
+        for arm in ('seed', 'together', 'reading', 'dense', 'wide', 'apart', 'grown', 'forgot'):
             self.measure(arm, seed)
         for arm in ('together', 'apart'):
             for k, route in ((1, 'text'), (2, 'text'), (1, 'token')):
@@ -288,6 +290,7 @@ class Study:
             'dense': [],
             'wide': [],
             'together': experts,
+            'reading': experts,
             'apart': [*experts, *apart],
             'grown': [*experts, self.folder('together', seed), self.expert(self.unseen, seed)],
         }
@@ -450,6 +453,7 @@ ARMS = {
     'together-text2': '\N{EN DASH} 2 experts of a text',
     'together-text1': '\N{EN DASH} 1 expert of a text',
     'together-token1': '\N{EN DASH} 1 expert of a token',
+    'reading': '\N{EN DASH} by reading alone, without voices',
     'apart': 'composed, each joined apart',
     'apart-text2': '\N{EN DASH} 2 experts of a text',
     'apart-text1': '\N{EN DASH} 1 expert of a text',
