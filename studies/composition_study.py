@@ -133,7 +133,8 @@ SCALES = {
     ),
 }
 BATCH = 16  # sequences of a batch
-SHARED = [  # not compiled: on a CPU, runs this short are over before that pays
+LONG = 400  # steps of train.py from which it is compiled; on a CPU, shorter runs are over before that pays
+SHARED = [
     *('--device=cpu', '--compile=false', '--threads=1', f'--batch_size={BATCH}', '--optimizer=muon'),
     *('--eval_iters=4', '--warmup_iters=10', '--log_interval=10'),
 ]
@@ -200,7 +201,8 @@ class Study:
         """train.py on a part, unless it is done."""
         given = [f'--dataset={self.data}/{part}', f'--seed={seed}', f'--max_iters={steps}']
         given += [f'--eval_interval={steps}', f'--n_embd={self.scale.n_embd(kind)}', f'--out_dir={out}']
-        given += [f'--learning_rate={self.scale.rates[kind]}', '--init_from=auto', *arguments]
+        given += [f'--learning_rate={self.scale.rates[kind]}', '--init_from=auto']
+        given += [f'--compile={str(steps >= LONG).lower()}', *arguments]
         run(out, 'train.py', 'config/vanilla.py', *self.scale.size, *SHARED, *given)
 
     def branch(self, out: Path, part: str, seed: int, of: Path, *arguments: str):
@@ -258,9 +260,10 @@ class Study:
         silent = '--voice=false'
         self.compose(self.folder('reading', seed), named, 'seen', seed, steps['together'], base, silent)
         flops = self.training_flops('together', seed)
-        for arm in ('dense', 'wide'):
-            equal = round(flops / (BATCH * self.scale.block * self.scale.flops(arm)))
-            self.train(self.folder(arm, seed), arm, 'seen', seed, equal)
+        equal = {
+            arm: round(flops / (BATCH * self.scale.block * self.scale.flops(arm))) for arm in ('dense', 'wide')
+        }
+        self.train(self.folder('dense', seed), 'dense', 'seen', seed, equal['dense'])
         alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
         for part, expert in zip(self.experts, named, strict=True):
             self.compose(alone[part], [expert], part, seed, steps['apart'], base)
@@ -269,7 +272,7 @@ class Study:
         self.compose(self.folder('grown', seed), both, self.unseen, seed, steps['grown'])
         less = f'--forget={self.experts[0]}'
         self.compose(self.folder('forgot', seed), [self.folder('grown', seed)], 'seen', seed, 0, less)
-        for arm in ('seed', 'together', 'reading', 'dense', 'wide', 'apart', 'grown', 'forgot'):
+        for arm in ('seed', 'together', 'reading', 'dense', 'apart', 'grown', 'forgot'):
             self.measure(arm, seed)
         for arm in ('together', 'apart'):
             for k, route in ((1, 'text'), (2, 'text'), (1, 'token')):
@@ -280,6 +283,8 @@ class Study:
             self.measure_one(self.expert(part, seed), load_model(self.expert(part, seed))[0])
         for k in (2, 0):
             self.ensemble(seed, k)
+        self.train(self.folder('wide', seed), 'wide', 'seen', seed, equal['wide'])
+        self.measure('wide', seed)
 
     def training_flops(self, arm: str, seed: int) -> float:
         """FLOPs of all training that an arm needs: its own, and that of the seed model and the experts."""
@@ -480,19 +485,19 @@ def measurements(name: str) -> dict[str, dict[int, dict]]:
 
 
 def table(study: Study) -> str:
-    """Two tables: of every arm the losses, the differences to dense and the costs; and the losses by part.
+    """Two tables: of every arm that was run the losses, the differences to dense and the costs; and the losses by part.
     Means over the seeds that are done, with 95 % intervals of paired differences."""
     arms, own = measurements(study.arms.name), measurements(study.parts.name)
-    parts = [*study.experts, study.unseen]
-    columns = [*(arms.get(arm, {}) for arm in ARMS), *(own.get(part, {}) for part in parts)]
-    seeds = sorted(set.intersection(*map(set, columns)))
+    parts, labels = [*study.experts, study.unseen], {arm: text for arm, text in ARMS.items() if arm in arms}
+    columns = [*(arms[arm] for arm in labels), *(own.get(part, {}) for part in parts)]
+    seeds = sorted(set.intersection(*map(set, columns))) if 'dense' in labels else []
     if not seeds:
         sys.exit(f'{study.arms}: no seed is done yet; run this program without --table')
     arms, own = (
         {
             name: {seed: runs[seed] for seed in seeds}
             for name, runs in found.items()
-            if name in [*ARMS, *parts]
+            if name in [*labels, *parts]
         }
         for found in (arms, own)
     )
@@ -518,7 +523,7 @@ def table(study: Study) -> str:
         'cache',
     ]
     lines = [row([*head, 'parameters']), row(['---'] * 10)]
-    for arm, label in ARMS.items():
+    for arm, label in labels.items():
         runs, cells = arms[arm], [label]
         for which in (study.experts, [study.unseen]):
             one, base = losses(runs, *which), losses(arms['dense'], *which)
@@ -533,7 +538,7 @@ def table(study: Study) -> str:
         ]
         lines.append(row(cells))
     lines += ['', row(['loss by part', *parts]), row(['---'] * (1 + len(parts)))]
-    shown = {label: arms[arm] for arm, label in ARMS.items() if not label.startswith('\N{EN DASH}')}
+    shown = {label: arms[arm] for arm, label in labels.items() if not label.startswith('\N{EN DASH}')}
     for label, runs in shown.items():
         lines.append(row([label, *(f'{statistics.fmean(losses(runs, p).values()):.3f}' for p in parts)]))
     alone = [f'{statistics.fmean(losses(own[p], p).values()):.3f}' for p in parts]
