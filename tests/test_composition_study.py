@@ -1,6 +1,7 @@
 """studies/composition_study.py: the ensemble against one token at a time, and the table from records."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -158,8 +159,11 @@ def test_the_table_takes_the_seeds_that_are_done(tmp_path, monkeypatch):
     s = write_records(tmp_path, {'forgot': [1], 'dense': [0, 1, 2]})
     assert 'Seeds 1; commit' in study.table(s)
     assert '| dense, the same training FLOPs | 5.015 |' in study.table(s)
-    other = write_records(tmp_path, {'forgot': []}, 'cpu')
+    other = write_records(tmp_path, {'wide': []}, 'cpu')
     assert other.arms.name == 'composition-source-cpu' and other.parts.name == 'composition-source-cpu-parts'
+    wide = '| dense, the same training FLOPs and parameters |'
+    assert wide in study.table(s) and wide not in study.table(other)  # an arm that was not run
+    shutil.rmtree(tmp_path / other.folder('dense', 0).parent)
     with pytest.raises(SystemExit, match='no seed is done yet'):
         study.table(other)
 
