@@ -28,6 +28,8 @@ KINDS = {
     'one per token': {'top_k': 1},
     'one per text': {'top_k': 1, 'route': 'text'},
     'threshold': {'threshold': 0.5},
+    'voices': {'voice': True},
+    'voices, one per text': {'voice': True, 'top_k': 1, 'route': 'text'},
     'untied base': {'top_k': 1, 'tied': False, 'position': 'rotary', 'norm': 'rmsnorm', 'qk_norm': True},
 }
 
@@ -195,8 +197,9 @@ def test_gradient_checkpointing_changes_no_gradient(exported):
 
 
 @torch.no_grad()
-def test_hidden_states_and_attentions_are_those_of_the_base(exported):
-    theirs, ids, read = loaded(exported('one per token')[0]), tokens(), []
+@pytest.mark.parametrize('kind', ['one per token', 'voices'])
+def test_hidden_states_and_attentions_are_those_of_the_base(exported, kind):
+    theirs, ids, read = loaded(exported(kind)[0]), tokens(), []
     for block in theirs.gpt.transformer.h:
         block.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     out = theirs(ids, output_hidden_states=True, output_attentions=True)
@@ -230,8 +233,9 @@ def test_the_config_is_composedconfig():
     assert {name: theirs.get(name) for name in ours} == ours
 
 
-def test_where_all_experts_run_a_traced_graph_holds_for_other_sizes(exported):
-    theirs = loaded(exported('all')[0])
+@pytest.mark.parametrize('kind', ['all', 'voices'])
+def test_where_all_experts_run_a_traced_graph_holds_for_other_sizes(exported, kind):
+    theirs = loaded(exported(kind)[0])
     with torch.no_grad():
         traced = torch.jit.trace(Logits(theirs), tokens(2, 9), check_trace=False)
         for B, T in ((2, 9), (3, 5), (1, 32)):
