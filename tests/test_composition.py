@@ -303,7 +303,7 @@ def test_padding_on_the_left_changes_nothing(kind):
             torch.testing.assert_close(row[-len(wanted) :], wanted, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize('kind', ['all', 'one per token', 'both, per text'])
+@pytest.mark.parametrize('kind', ['all', 'one per token', 'both, per text', *VOICES])
 def test_generation_is_the_same_with_and_without_a_cache_and_guesses(kind):
     model = make(**KINDS[kind]).float()
     prompt = tokens(1, 5)
