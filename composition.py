@@ -119,7 +119,7 @@ class ComposedConfig(GPTConfig):
     top_k: int = 0  # experts that a token may have; 0 = all
     threshold: float = 0.0  # a gate below this asks for nothing
     route: str = 'token'  # who chooses: token (each for itself) | text (the mean of all tokens so far)
-    voice: bool = False  # whether what the experts predict counts too
+    voice: bool = False  # whether what the experts predict counts too; models from before there was this: no
 
     def __post_init__(self):
         super().__post_init__()
@@ -265,8 +265,8 @@ class Joint(nn.Module):
             self.depth, self.strength = expert.config.n_layer, nn.Parameter(torch.zeros(()))
 
     def init_own(self, generator):
-        if hasattr(self, 'strength'):
-            self.strength.zero_()
+        for strength in self.parameters(recurse=False):
+            strength.zero_()
 
     def share(self, gates):
         """Gates (...) -> how much of the mixture the expert's voice would have, (...), at least 0. A strength
@@ -475,8 +475,8 @@ class Composed(GPT):
         self, idx, cache: ComposedCache | None = None, pos=None, real=None, streams=None, weights=None
     ):
         """As GPT.hidden; with voices to that come (in the last dimension) what the head of each expert reads,
-        zeros where a token does not ask for it, and the gates of all. Who wants to look into the base gives lists: streams
-        gets what each block reads, weights who looks at whom, as in Memory."""
+        zeros where a token does not ask for it, and the gates of all. Who wants to look into the base gives
+        lists: streams gets what each block reads, weights who looks at whom, as in Memory."""
         x, memory = self.embed(idx, cache, pos, real)
         memory.weights = weights
         if pos is None:

@@ -131,8 +131,9 @@ def log_p(hidden, weight, targets, softcap: float = 0.0, rows: int | None = None
 
 
 def log_mixture(log_p, shares):
-    """Log-probabilities log_p (n, ...) and shares of at least 0, likewise, whose sum over n is 1 -> the log (...)
-    of the mixture of the probabilities. A share of 0 has its gradient too, and its log_p may be -inf."""
+    """Log-probabilities log_p (n, ...) and shares of at least 0, likewise, whose sum over n is 1 -> the log
+    (...) of the mixture of the probabilities. A share of 0 has its gradient too, and its log_p may be
+    -inf."""
     most = (log_p + shares.log()).detach().amax(0)
     return most + (shares * (log_p - most).clamp(max=80).exp()).sum(0).log()  # the sum is at least 1
 

@@ -261,7 +261,8 @@ class Study:
         self.compose(self.folder('reading', seed), named, 'seen', seed, steps['together'], base, silent)
         flops = self.training_flops('together', seed)
         equal = {
-            arm: round(flops / (BATCH * self.scale.block * self.scale.flops(arm))) for arm in ('dense', 'wide')
+            arm: round(flops / (BATCH * self.scale.block * self.scale.flops(arm)))
+            for arm in ('dense', 'wide')
         }
         self.train(self.folder('dense', seed), 'dense', 'seen', seed, equal['dense'])
         alone = {part: self.parts / f'joint-{part}' / f'seed{seed}' for part in self.experts}
@@ -485,8 +486,8 @@ def measurements(name: str) -> dict[str, dict[int, dict]]:
 
 
 def table(study: Study) -> str:
-    """Two tables: of every arm that was run the losses, the differences to dense and the costs; and the losses by part.
-    Means over the seeds that are done, with 95 % intervals of paired differences."""
+    """Two tables: of every arm that was run the losses, the differences to dense and the costs; and the
+    losses by part. Means over the seeds that are done, with 95 % intervals of paired differences."""
     arms, own = measurements(study.arms.name), measurements(study.parts.name)
     parts, labels = [*study.experts, study.unseen], {arm: text for arm, text in ARMS.items() if arm in arms}
     columns = [*(arms[arm] for arm in labels), *(own.get(part, {}) for part in parts)]

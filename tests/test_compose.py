@@ -190,7 +190,11 @@ REFUSED = {
     'a bad name': ({'base': 'base'}, ['a.b=wide'], "expert 'a.b': a name has letters"),
     'another base': ({'base': 'deep'}, ['pair'], 'have different bases'),
     'other reads': ({'reads': '0'}, ['pair', 'late'], "reads='0', but a composed run among the experts has"),
-    'other joints': ({'voice': False}, ['pair', 'late'], 'has voice=True: what joins experts fits that alone'),
+    'other joints': (
+        {'voice': False},
+        ['pair', 'late'],
+        'has voice=True: what joins experts fits that alone',
+    ),
     'unknown to forget': ({'forget': 'law'}, ['pair'], "forget='law': there is no such expert"),
     'none left': ({'forget': 'wide,deep'}, ['pair'], 'a composed model needs experts'),
     'unknown to train': ({'train': 'law'}, ['pair'], "train='law': there is no such expert 'law'"),

@@ -11,7 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from composition import Composed, ComposedConfig, Expert, ExpertHead, parse_reads
+from configurator import ConfigError
 from model import GPT, GPTConfig
+from runs.text import finite_logits
 
 BASE = GPTConfig(block_size=24, vocab_size=64, n_layer=4, n_head=4, n_embd=32)
 EXPERTS = {  # of other widths, depths, positions and attentions than the base
@@ -171,9 +173,7 @@ def test_a_new_one_computes_what_its_base_computes_bit_for_bit(kind, dtype):
         assert torch.equal(model.logits(model.hidden(idx)), wanted)
         cache, own = model.new_cache(3), base.new_cache(3)
         for i in range(24):
-            one, wanted = (
-                m.logits(m.hidden(idx[:, i : i + 1], c)) for m, c in ((model, cache), (base, own))
-            )
+            one, wanted = (m.logits(m.hidden(idx[:, i : i + 1], c)) for m, c in ((model, cache), (base, own)))
             assert torch.equal(one, wanted)
     with torch.no_grad():
         for p in model.joints.parameters():
@@ -233,6 +233,15 @@ def test_the_loss_of_voices_is_that_of_their_logits_with_its_gradient(kind, new,
                 torch.testing.assert_close(gradient, of_logits[name], rtol=1e-7, atol=1e-12, msg=name)
             elif name.endswith('strength') and gates_of(model, idx).any():
                 assert gradient != 0, name
+
+
+def test_logits_that_are_not_finite_are_seen_in_experts_too():
+    model, idx = make(voice=True), tokens()
+    with torch.no_grad(), finite_logits(model):
+        model(idx)
+        model.experts['deep'].lm_head.weight[3] = math.inf
+        with pytest.raises(ConfigError, match='inf or nan'):
+            model(idx)
 
 
 def test_a_strength_below_zero_counts_as_zero_and_finds_its_way_back():
@@ -427,7 +436,7 @@ def test_flops_are_those_that_torch_counts(kind):
 @pytest.mark.parametrize('voice', [True, False])
 @pytest.mark.parametrize('k', [1, 2, 4])
 def test_composing_k_of_n_costs_little_more_than_the_models_that_run(k, voice):
-    """At the size of config/sizes/size_cpu.py; experts as far as they are run, without voices without heads."""
+    """At the size of config/sizes/size_cpu.py; the parts without heads that are not run."""
     experts = dict.fromkeys('abcd', CPU)
     config = composed_config(experts, **{**asdict(CPU), 'top_k': k, 'route': 'text', 'voice': voice})
     model = Composed(config, seed=0).eval()
@@ -477,7 +486,9 @@ def test_training_the_joints_needs_little_of_the_memory_of_fine_tuning(voice):
         trained = sum(p.numel() for p in m.parameters() if p.requires_grad)
         needs.append(held_for_backward(m, idx) + 12 * trained)
     assert needs[0] <= 0.6 * needs[1], needs
-    print(f'4 experts joined{", voices" * voice}: {needs[0] / needs[1]:.2f} of what fine-tuning the base needs')
+    print(
+        f'4 experts joined{", voices" * voice}: {needs[0] / needs[1]:.2f} of what fine-tuning the base needs'
+    )
 
 
 @pytest.mark.parametrize('voice', [True, False])

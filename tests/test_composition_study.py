@@ -149,7 +149,9 @@ def test_the_table_has_means_and_paired_differences(tmp_path, monkeypatch):
     by_part = lines.index(next(line for line in lines if line.startswith('| loss by part')))
     assert lines[by_part].endswith('rust-lang-rfcs | swiftlang-swift-evolution | ethereum-EIPs |')
     assert lines[by_part + 2] == '| dense, the same training FLOPs | 4.500 | 4.510 | 4.520 | 4.530 | 5.540 |'
-    own = [4 + n / 10 + p / 100 + 0.5 for p, n in enumerate(range(17, 21))] + [4 + 2.1 + 0.04 + 0.5 + 1 + 1.05]
+    own = [4 + n / 10 + p / 100 + 0.5 for p, n in enumerate(range(17, 21))] + [
+        4 + 2.1 + 0.04 + 0.5 + 1 + 1.05
+    ]
     assert lines[-3] == f'| each expert on its own part | {" | ".join(f"{x:.3f}" for x in own)} |'
     assert lines[-1] == 'Seeds 0, 1; commit 012345678; a machine, torch 2.13.0.'
 
