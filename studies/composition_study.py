@@ -546,7 +546,8 @@ def table(study: Study) -> str:
     lines.append(row(['each expert on its own part', *alone]))
     one = arms['dense'][seeds[0]]
     where = f'{one["device"]["name"]}, torch {one["versions"]["torch"]}'
-    lines += ['', f'Seeds {", ".join(map(str, seeds))}; commit {one["commit"][:9]}; {where}.']
+    commits = sorted({run['commit'][:9] for arm in labels for run in arms[arm].values()})
+    lines += ['', f'Seeds {", ".join(map(str, seeds))}; commit {", ".join(commits)}; {where}.']
     return '\n'.join(['', *lines, ''])
 
 
