@@ -15,7 +15,8 @@ deeper or shallower. All of them are frozen. What joins an expert to the base is
     voice  What an expert predicts counts as well: with its gate, times a strength that is zero at first and
            is learned, as its share in a mixture of the probabilities, of which the base has the rest (as in
            cBTM, arXiv:2303.14177, where distances of texts are what the gates are here). Where the shares
-           would come to more than 1 they are divided by their sum.
+           would come to more than 1 they are divided by their sum. What experts would have that are not
+           chosen goes to those that are.
 
 Of the experts that a token asks for, `top_k` and `threshold` keep some. An expert that no token of a
 sequence asks for is not run. In generation it runs when a token asks for it, over all tokens that it has
@@ -268,10 +269,9 @@ class Joint(nn.Module):
         for strength in self.parameters(recurse=False):
             strength.zero_()
 
-    def share(self, gates):
-        """Gates (...) -> how much of the mixture the expert's voice would have, (...), at least 0. A strength
-        below 0 counts as 0, but keeps its gradient, so that it finds its way back."""
-        return gates * (self.strength + (self.strength.clamp(min=0) - self.strength).detach())
+    def counted_strength(self):
+        """A strength below 0 counts as 0, but keeps its gradient, so that it finds its way back."""
+        return self.strength + (self.strength.clamp(min=0) - self.strength).detach()
 
     def backward_flops_per_token(self, T: int) -> int:
         """The expert's stream gets no gradient, so that of c_kv and c_same only the weights have one."""
@@ -485,7 +485,7 @@ class Composed(GPT):
         offers = []
         for i in range(len(self.transformer.h)):
             if i == self.first_read:
-                gates = self.ask(x, idx, cache, pos, real)
+                gates, of_all = self.ask(x, idx, cache, pos, real)
                 offers = self.consult(gates, idx, cache, pos, real)
             if streams is not None:
                 streams.append(x)
@@ -496,11 +496,11 @@ class Composed(GPT):
         if cache is not None:
             cache.length += idx.size(1)
         x = self.transformer.ln_f(x)
-        return self.beside_voices(x, gates, offers) if self.config.voice else x
+        return self.beside_voices(x, gates, of_all, offers) if self.config.voice else x
 
-    def beside_voices(self, x, gates, offers: list[Offer]):
-        """What the base's head reads x (B, T, n_embd), gates (B, T, n) -> (B, T, n_embd + width of each
-        expert + n)"""
+    def beside_voices(self, x, gates, of_all, offers: list[Offer]):
+        """What the base's head reads x (B, T, n_embd), gates and of_all as ask gives them -> (B, T, n_embd +
+        width of each expert + 2 n)"""
         parts, ran = [x], {offer.joint: offer for offer in offers}
         for joint, expert in zip(self.joints.values(), self.experts.values(), strict=True):
             offer, silent = ran.get(joint), x.new_zeros(*x.shape[:2], expert.config.n_embd)  # (B, T, width)
@@ -511,20 +511,24 @@ class Composed(GPT):
             if self.config.selective:  # a sequence may have tokens that do not ask
                 said = said * (offer.gate > 0)
             parts.append(said if offer.rows is None else silent.index_copy(0, offer.rows, said))
-        return torch.cat([*parts, gates.type_as(x)], dim=2)
+        return torch.cat([*parts, gates.type_as(x), of_all.type_as(x)], dim=2)
 
     def split(self, hidden):
         """What beside_voices gives (..., C) -> what the base's head reads; what each expert's reads; which
         tokens ask for it, each a mask (...), or None for all; shares (n + 1, ...) of the base and all experts
         in what is predicted, whose sum is 1."""
+        n, exact = len(self.joints), torch.promote_types(hidden.dtype, torch.float32)
         widths = [self.config.n_embd, *(expert.config.n_embd for expert in self.experts.values())]
-        own, *said, gates = hidden.split([*widths, len(self.joints)], dim=-1)
+        own, *said, gates, of_all = hidden.split([*widths, n, n], dim=-1)
         said = [h.detach() for h in said]  # experts are frozen
-        gates = gates.to(torch.promote_types(gates.dtype, torch.float32)).unbind(-1)  # n of (...)
-        shares = torch.stack([joint.share(g) for joint, g in zip(self.joints.values(), gates, strict=True)])
-        shares = shares / shares.sum(0).clamp(min=1)  # (n, ...)
+        strengths = torch.stack([joint.counted_strength() for joint in self.joints.values()]).to(exact)
+        shares, wanted = gates * strengths, (of_all * strengths).sum(-1, keepdim=True)  # (..., n), (..., 1)
+        given = shares.sum(-1, keepdim=True)
+        tiny = torch.finfo(exact).tiny
+        factor = torch.where(given > 0, wanted.clamp(max=1) / given.clamp(min=tiny), torch.ones_like(given))
+        shares = (shares * factor).movedim(-1, 0)  # (n, ...)
         rest = (1 - shares.sum(0)).clamp(min=0)
-        asks = [g > 0 if self.config.selective else None for g in gates]
+        asks = [g > 0 if self.config.selective else None for g in gates.unbind(-1)]
         return own, said, asks, torch.cat([rest[None], shares])
 
     def logits(self, hidden, vocab: int | None = None):
@@ -570,13 +574,13 @@ class Composed(GPT):
 
     def ask(self, x, idx, cache, pos, real):
         """The stream x (B, T, C) that enters the first layer which reads -> gates (B, T, n), 0 where a token
-        does not ask for an expert."""
+        does not ask for an expert; and the same of all experts, whether it asks for them or not."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = F.rms_norm(x, x.shape[-1:])
-        gates = torch.stack([joint.gate(x) for joint in self.joints.values()], dim=2)  # (B, T, n)
+        gates = of_all = torch.stack([joint.gate(x) for joint in self.joints.values()], dim=2)  # (B, T, n)
         if cache is not None:
             gates = cache.remember(idx, pos, gates)  # (B, S, n)
-        return self.router(gates, idx.size(1), real)
+        return self.router(gates, idx.size(1), real), of_all
 
     def consult(self, gates, idx, cache, pos, real) -> list[Offer]:
         """Run the experts that some token asks for, each on the sequences whose tokens do; with a cache, on

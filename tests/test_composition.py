@@ -193,13 +193,17 @@ def test_voices_are_a_mixture_of_probabilities(kind, vocab):
     """Token by token, against the models by themselves."""
     model, idx = make(**KINDS[kind]), tokens(2, 12)
     gates, hidden, sums = gates_of(model, idx), model.hidden(idx), []
+    same = Composed(replace(model.config, top_k=0, threshold=0.0), seed=0).double()
+    same.load_state_dict({**model.state_dict(), '_extra_state': same.get_extra_state()})
+    of_all = gates_of(same, idx)
     found = model.logits(hidden, vocab).softmax(2)
     for b, t in [(b, t) for b in range(2) for t in range(12)]:
         p = GPT.logits(model, hidden[b, t, :32], vocab).softmax(0)
         shares = [g * j.strength for g, j in zip(gates[b, t], model.joints.values(), strict=True)]
-        whole = sum(shares)
+        whole = sum(g * j.strength for g, j in zip(of_all[b, t], model.joints.values(), strict=True))
         sums.append(whole)
-        shares = [share / max(1, whole) for share in shares]
+        if sum(shares):  # what the others would have had goes to those that are chosen
+            shares = [share / sum(shares) * min(1, whole) for share in shares]
         mixed = (1 - sum(shares)) * p
         for share, expert in zip(shares, model.experts.values(), strict=True):
             mixed += share * expert.logits(expert.hidden(idx[b : b + 1]), vocab)[0, t].softmax(0)
