@@ -9,14 +9,14 @@ deeper or shallower. All of them are frozen. What joins an expert to the base is
            (as in progressive networks; Rusu et al., 2016, arXiv:1606.04671): heads would take long to learn
            to find it. Both are added to the base's stream after that layer. The output projections are zero
            at first: a new composed model computes what its base computes, bit for bit.
-    gate   A linear layer and a sigmoid on the base's stream, as it enters the first layer that reads, say how
-           much a token asks for the expert (PHATGOOSE; Muqeeth et al., 2024, arXiv:2402.05859). What is read
-           counts times that.
-    voice  What an expert predicts counts as well: with its gate, times a strength that is zero at first and
-           is learned, as its share in a mixture of the probabilities, of which the base has the rest (as in
-           cBTM, arXiv:2303.14177, where distances of texts are what the gates are here). Where the shares
-           would come to more than 1 they are divided by their sum. What experts would have that are not
-           chosen goes to those that are.
+    gate   A linear layer on the base's stream, as it enters the first layer that reads, gives a score, and
+           its sigmoid says how much a token asks for the expert (PHATGOOSE; Muqeeth et al., 2024,
+           arXiv:2402.05859). What is read counts times that.
+    voice  What an expert predicts counts as well, in a mixture of probabilities as in cBTM (Gururangan et
+           al., 2023, arXiv:2303.14177). Each expert takes its gate, times a strength from 0 to 1 that is
+           zero at first and is learned, of what the others leave to the base; all that is taken is divided
+           among the chosen experts by the softmax of their scores: there they compete, where gates that
+           all want to be open would not.
 
 Of the experts that a token asks for, `top_k` and `threshold` keep some. An expert that no token of a
 sequence asks for is not run. In generation it runs when a token asks for it, over all tokens that it has
@@ -190,7 +190,7 @@ class ComposedConfig(GPTConfig):
 
 
 class Gate(nn.Module):
-    """How much each token asks for an expert, from 0 to 1."""
+    """How much each token asks for an expert: a score, whose sigmoid is the gate."""
 
     def __init__(self, n_embd: int):
         super().__init__()
@@ -203,7 +203,7 @@ class Gate(nn.Module):
 
     def forward(self, x):
         """The normed stream x (B, T, C) -> (B, T)"""
-        return torch.sigmoid((x * self.weight).sum(-1) + self.bias)
+        return (x * self.weight).sum(-1) + self.bias
 
 
 class Reading(Counted):
@@ -270,8 +270,8 @@ class Joint(nn.Module):
             strength.zero_()
 
     def counted_strength(self):
-        """A strength below 0 counts as 0, but keeps its gradient, so that it finds its way back."""
-        return self.strength + (self.strength.clamp(min=0) - self.strength).detach()
+        """The strength, from 0 to 1. Outside it keeps its gradient, so that it finds its way back."""
+        return self.strength + (self.strength.clamp(0, 1) - self.strength).detach()
 
     def backward_flops_per_token(self, T: int) -> int:
         """The expert's stream gets no gradient, so that of c_kv and c_same only the weights have one."""
@@ -292,22 +292,22 @@ class Router(nn.Module):
         self.threshold, self.route = config.threshold, config.route
 
     @torch.no_grad()
-    def chosen(self, gates, T: int, real=None):
-        """Gates of all tokens so far (B, S, n) -> whether the last T ask for an expert (B, T, n)."""
+    def chosen(self, scores, T: int, real=None):
+        """Scores of all tokens so far (B, S, n) -> whether the last T ask for an expert (B, T, n)."""
         if self.route == 'text':
-            counts = torch.ones_like(gates[..., :1]) if real is None else real[..., None].to(gates.dtype)
-            gates = (gates * counts).cumsum(1) / counts.cumsum(1).clamp(min=1)
-        gates = gates[:, -T:]
-        keep = gates >= self.threshold
+            counts = torch.ones_like(scores[..., :1]) if real is None else real[..., None].to(scores.dtype)
+            scores = (scores * counts).cumsum(1) / counts.cumsum(1).clamp(min=1)
+        scores = scores[:, -T:]
+        keep = scores.sigmoid() >= self.threshold
         if self.top_k:
-            best = gates.topk(self.top_k, dim=-1).indices
+            best = scores.topk(self.top_k, dim=-1).indices
             keep &= torch.zeros_like(keep).scatter(2, best, True)
         return keep if real is None else keep & real[:, -T:, None]
 
-    def forward(self, gates, T: int, real=None):
+    def forward(self, scores, T: int, real=None):
         """Arguments as of chosen -> the gates of the last T tokens (B, T, n), 0 where they do not ask."""
-        own = gates[:, -T:]
-        return torch.where(self.chosen(gates, T, real), own, torch.zeros_like(own))
+        gates = scores[:, -T:].sigmoid()
+        return torch.where(self.chosen(scores, T, real), gates, torch.zeros_like(gates))
 
 
 class ExpertCache(Cache):
@@ -320,8 +320,8 @@ class ExpertCache(Cache):
 
 
 class ComposedCache(Cache):
-    """The base's state; of all tokens so far what an expert needs that runs later: ids, positions, gates; and
-    the states of the experts that have run, which hold as many tokens as those have seen."""
+    """The base's state; of all tokens so far what an expert needs that runs later: ids, positions, scores;
+    and the states of the experts that have run, which hold as many tokens as those have seen."""
 
     def __init__(self, model: Composed, B: int):
         super().__init__(GPT.new_cache(model, B).layers)
@@ -331,16 +331,16 @@ class ComposedCache(Cache):
             torch.empty(B, c.block_size, dtype=torch.int64, device=self.device) for _ in range(2)
         )
         wide = torch.promote_types(self.dtype, torch.float32)
-        self.gates = torch.empty(B, c.block_size, len(c.experts), dtype=wide, device=self.device)
+        self.scores = torch.empty(B, c.block_size, len(c.experts), dtype=wide, device=self.device)
         self.experts: dict[str, ExpertCache] = {}
 
-    def remember(self, idx, pos, gates):
-        """Keep ids (B, T), positions (B or 1, T) and gates (B, T, n) of new tokens -> the gates of all tokens
-        so far (B, S, n)."""
+    def remember(self, idx, pos, scores):
+        """Keep ids (B, T), positions (B or 1, T) and scores (B, T, n) of new tokens -> the scores of all
+        tokens so far (B, S, n)."""
         start, end = self.length, self.length + idx.size(1)
         self.tokens[:, start:end], self.pos[:, start:end] = idx, pos
-        self.gates[:, start:end] = gates
-        return self.gates[:, :end]
+        self.scores[:, start:end] = scores
+        return self.scores[:, :end]
 
     def expert(self, name: str) -> ExpertCache:
         """The state of an expert; an empty one where it has not run yet."""
@@ -368,7 +368,7 @@ class ComposedCache(Cache):
 
     def select(self, rows):
         super().select(rows)
-        self.tokens, self.pos, self.gates = self.tokens[rows], self.pos[rows], self.gates[rows]
+        self.tokens, self.pos, self.scores = self.tokens[rows], self.pos[rows], self.scores[rows]
         self.B = len(rows)
         for expert in self.experts.values():
             expert.select(rows)
@@ -475,8 +475,8 @@ class Composed(GPT):
         self, idx, cache: ComposedCache | None = None, pos=None, real=None, streams=None, weights=None
     ):
         """As GPT.hidden; with voices to that come (in the last dimension) what the head of each expert reads,
-        zeros where a token does not ask for it, and the gates of all. Who wants to look into the base gives
-        lists: streams gets what each block reads, weights who looks at whom, as in Memory."""
+        zeros where a token does not ask for it, and gates and scores of all. Who wants to look into the base
+        gives lists: streams gets what each block reads, weights who looks at whom, as in Memory."""
         x, memory = self.embed(idx, cache, pos, real)
         memory.weights = weights
         if pos is None:
@@ -485,7 +485,7 @@ class Composed(GPT):
         offers = []
         for i in range(len(self.transformer.h)):
             if i == self.first_read:
-                gates, of_all = self.ask(x, idx, cache, pos, real)
+                gates, scores = self.ask(x, idx, cache, pos, real)
                 offers = self.consult(gates, idx, cache, pos, real)
             if streams is not None:
                 streams.append(x)
@@ -496,10 +496,10 @@ class Composed(GPT):
         if cache is not None:
             cache.length += idx.size(1)
         x = self.transformer.ln_f(x)
-        return self.beside_voices(x, gates, of_all, offers) if self.config.voice else x
+        return self.beside_voices(x, gates, scores, offers) if self.config.voice else x
 
-    def beside_voices(self, x, gates, of_all, offers: list[Offer]):
-        """What the base's head reads x (B, T, n_embd), gates and of_all as ask gives them -> (B, T, n_embd +
+    def beside_voices(self, x, gates, scores, offers: list[Offer]):
+        """What the base's head reads x (B, T, n_embd), gates and scores as ask gives them -> (B, T, n_embd +
         width of each expert + 2 n)"""
         parts, ran = [x], {offer.joint: offer for offer in offers}
         for joint, expert in zip(self.joints.values(), self.experts.values(), strict=True):
@@ -511,7 +511,7 @@ class Composed(GPT):
             if self.config.selective:  # a sequence may have tokens that do not ask
                 said = said * (offer.gate > 0)
             parts.append(said if offer.rows is None else silent.index_copy(0, offer.rows, said))
-        return torch.cat([*parts, gates.type_as(x), of_all.type_as(x)], dim=2)
+        return torch.cat([*parts, gates.type_as(x), scores.type_as(x)], dim=2)
 
     def split(self, hidden):
         """What beside_voices gives (..., C) -> what the base's head reads; what each expert's reads; which
@@ -519,17 +519,18 @@ class Composed(GPT):
         in what is predicted, whose sum is 1."""
         n, exact = len(self.joints), torch.promote_types(hidden.dtype, torch.float32)
         widths = [self.config.n_embd, *(expert.config.n_embd for expert in self.experts.values())]
-        own, *said, gates, of_all = hidden.split([*widths, n, n], dim=-1)
+        own, *said, gates, scores = hidden.split([*widths, n, n], dim=-1)
         said = [h.detach() for h in said]  # experts are frozen
         strengths = torch.stack([joint.counted_strength() for joint in self.joints.values()]).to(exact)
-        shares, wanted = gates * strengths, (of_all * strengths).sum(-1, keepdim=True)  # (..., n), (..., 1)
-        given = shares.sum(-1, keepdim=True)
-        tiny = torch.finfo(exact).tiny
-        factor = torch.where(given > 0, wanted.clamp(max=1) / given.clamp(min=tiny), torch.ones_like(given))
-        shares = (shares * factor).movedim(-1, 0)  # (n, ...)
-        rest = (1 - shares.sum(0)).clamp(min=0)
-        asks = [g > 0 if self.config.selective else None for g in gates.unbind(-1)]
-        return own, said, asks, torch.cat([rest[None], shares])
+        scores, asks = scores.to(exact), gates > 0  # (..., n)
+        rest = (1 - scores.sigmoid() * strengths).prod(-1, keepdim=True)  # (..., 1)
+        if self.config.selective:
+            some = asks.any(-1, keepdim=True)
+            rest = torch.where(some, rest, torch.ones_like(rest))
+            scores = scores.masked_fill(~asks & some, -math.inf)
+        shares = (1 - rest) * scores.softmax(-1)
+        who = asks.unbind(-1) if self.config.selective else [None] * n
+        return own, said, who, torch.cat([rest, shares], dim=-1).movedim(-1, 0)
 
     def logits(self, hidden, vocab: int | None = None):
         """As GPT.logits; with voices the log-probabilities of the mixture, where an expert has a share. Those
@@ -574,13 +575,12 @@ class Composed(GPT):
 
     def ask(self, x, idx, cache, pos, real):
         """The stream x (B, T, C) that enters the first layer which reads -> gates (B, T, n), 0 where a token
-        does not ask for an expert; and the same of all experts, whether it asks for them or not."""
+        does not ask for an expert; and the scores of all experts, likewise."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = F.rms_norm(x, x.shape[-1:])
-        gates = of_all = torch.stack([joint.gate(x) for joint in self.joints.values()], dim=2)  # (B, T, n)
-        if cache is not None:
-            gates = cache.remember(idx, pos, gates)  # (B, S, n)
-        return self.router(gates, idx.size(1), real), of_all
+        scores = torch.stack([joint.gate(x) for joint in self.joints.values()], dim=2)  # (B, T, n)
+        of_all = scores if cache is None else cache.remember(idx, pos, scores)  # (B, S, n)
+        return self.router(of_all, idx.size(1), real), scores
 
     def consult(self, gates, idx, cache, pos, real) -> list[Offer]:
         """Run the experts that some token asks for, each on the sequences whose tokens do; with a cache, on
@@ -665,7 +665,7 @@ class Composed(GPT):
 
     def cache_bytes_per_token(self, itemsize: int = 2) -> int:
         """Bytes of generation state that one more token of one sequence costs, where top_k experts are run
-        (all, if top_k is 0), beside its id, its position and its gates."""
+        (all, if top_k is 0), beside its id, its position and its scores."""
         per_expert = []
         for name, joint in self.joints.items():
             read = sum(2 * len(r.asking) * r.head_size * itemsize for r in joint.reads.values())

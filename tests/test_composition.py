@@ -55,9 +55,9 @@ def make(std=0.2, seed=1, **changes) -> Composed:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.empty_like(p).normal_(0.0, std, generator=generator))
-        if model.config.voice:  # shares whose sum is more than 1 for some tokens, and less for others
+        if model.config.voice:
             for i, joint in enumerate(model.joints.values()):
-                joint.strength.fill_(0.4 + 0.3 * i)
+                joint.strength.fill_(0.3 * (i + 1))
     return model.double()
 
 
@@ -104,7 +104,7 @@ def reference(model, row):
             )
             scores = gates
             if c.route == 'text':
-                scores = torch.stack([gates[: i + 1].mean(0) for i in range(T)])
+                scores = torch.stack([gates.logit()[: i + 1].mean(0) for i in range(T)]).sigmoid()
             for i in range(T):
                 best = sorted(range(len(experts)), key=lambda e, i=i: -scores[i, e])
                 for place, e in enumerate(best):
@@ -192,23 +192,20 @@ VOICES = [kind for kind, changes in KINDS.items() if 'voice' in changes]
 def test_voices_are_a_mixture_of_probabilities(kind, vocab):
     """Token by token, against the models by themselves."""
     model, idx = make(**KINDS[kind]), tokens(2, 12)
-    gates, hidden, sums = gates_of(model, idx), model.hidden(idx), []
+    gates, hidden = gates_of(model, idx), model.hidden(idx)
     same = Composed(replace(model.config, top_k=0, threshold=0.0), seed=0).double()
     same.load_state_dict({**model.state_dict(), '_extra_state': same.get_extra_state()})
     of_all = gates_of(same, idx)
     found = model.logits(hidden, vocab).softmax(2)
     for b, t in [(b, t) for b in range(2) for t in range(12)]:
         p = GPT.logits(model, hidden[b, t, :32], vocab).softmax(0)
-        shares = [g * j.strength for g, j in zip(gates[b, t], model.joints.values(), strict=True)]
-        whole = sum(g * j.strength for g, j in zip(of_all[b, t], model.joints.values(), strict=True))
-        sums.append(whole)
-        if sum(shares):  # what the others would have had goes to those that are chosen
-            shares = [share / sum(shares) * min(1, whole) for share in shares]
+        rest = math.prod(1 - g * j.strength for g, j in zip(of_all[b, t], model.joints.values(), strict=True))
+        odds = [g / (1 - g) * (kept > 0) for g, kept in zip(of_all[b, t], gates[b, t], strict=True)]
+        shares = [(1 - rest) * odd / sum(odds) if sum(odds) else 0.0 for odd in odds]
         mixed = (1 - sum(shares)) * p
         for share, expert in zip(shares, model.experts.values(), strict=True):
             mixed += share * expert.logits(expert.hidden(idx[b : b + 1]), vocab)[0, t].softmax(0)
         torch.testing.assert_close(found[b, t], mixed, rtol=1e-9, atol=1e-12)
-    assert kind != 'voices' or min(sums) < 1 < max(sums)
 
 
 @pytest.mark.parametrize('kind', VOICES)
@@ -248,14 +245,17 @@ def test_logits_that_are_not_finite_are_seen_in_experts_too():
             model(idx)
 
 
-def test_a_strength_below_zero_counts_as_zero_and_finds_its_way_back():
+@pytest.mark.parametrize('strength, counts', [(-0.3, 0.0), (1.4, 1.0)])
+def test_a_strength_outside_of_its_range_finds_its_way_back(strength, counts):
     model, idx = make(voice=True), tokens()
     with torch.no_grad():
-        model.joints['deep'].strength.fill_(-0.3)
-    _, _, _, shares = model.split(model.hidden(idx))
-    assert (shares[2] == 0).all() and (shares[1] > 0).all()
+        model.joints['deep'].strength.fill_(strength)
+        out = model(idx)[0]
     model(idx, tokens(seed=1))[1].backward()
     assert model.joints['deep'].strength.grad != 0
+    with torch.no_grad():
+        model.joints['deep'].strength.fill_(counts)
+        assert torch.equal(model(idx)[0], out)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -347,7 +347,7 @@ def test_the_router_keeps_what_it_says():
         assert (least > most_of_others).all()
     kept = gates_of(make(threshold=0.6), idx)
     assert torch.equal(kept > 0, plain >= 0.6) and len((kept > 0).sum(2).unique()) > 1  # the number varies
-    means = plain.cumsum(1) / torch.arange(1, 25)[:, None]
+    means = plain.logit().cumsum(1) / torch.arange(1, 25)[:, None]  # of scores, whose sigmoids are the gates
     kept = gates_of(make(top_k=1, route='text'), idx)
     assert torch.equal(kept.argmax(2), means.argmax(2)) and torch.equal(
         kept.amax(2), plain.gather(2, means.argmax(2, keepdim=True)).squeeze(2)
