@@ -44,7 +44,7 @@ class Knobs(TrainingKnobs):
     reads: str = ''  # layers of the base that read, as '3 5(heads=4, depth=6)'; '' = two of the upper half
     top_k: int = 0  # experts that a token may have; 0 = all
     threshold: float = 0.0  # a gate below this asks for nothing
-    route: str = 'token'  # who chooses: token (each for itself) | text (the mean of all tokens so far)
+    route: str = 'token'  # who chooses: token (each for itself) | text (the mean score so far)
     voice: bool = True  # whether what the experts predict counts too
 
     dropout: ClassVar[float] = 0.0  # nothing that is trained here has any

@@ -119,7 +119,7 @@ class ComposedConfig(GPTConfig):
     reads: str = ''  # where the base reads its experts, see parse_reads; '' = two layers of the upper half
     top_k: int = 0  # experts that a token may have; 0 = all
     threshold: float = 0.0  # a gate below this asks for nothing
-    route: str = 'token'  # who chooses: token (each for itself) | text (the mean of all tokens so far)
+    route: str = 'token'  # who chooses: token (each for itself) | text (the mean score so far)
     voice: bool = False  # whether what the experts predict counts too; models from before there was this: no
 
     def __post_init__(self):
