@@ -13,10 +13,9 @@ deeper or shallower. All of them are frozen. What joins an expert to the base is
            its sigmoid says how much a token asks for the expert (PHATGOOSE; Muqeeth et al., 2024,
            arXiv:2402.05859). What is read counts times that.
     voice  What an expert predicts counts as well, in a mixture of probabilities as in cBTM (Gururangan et
-           al., 2023, arXiv:2303.14177). Each expert takes its gate, times a strength from 0 to 1 that is
-           zero at first and is learned, of what the others leave to the base; all that is taken is divided
-           among the chosen experts by the softmax of their scores: there they compete, where gates that
-           all want to be open would not.
+           al., 2023, arXiv:2303.14177). Its share is its gate times a strength that is zero at first and is
+           learned, and the base has the rest. Where shares would come to more than 1 they are divided by
+           their sum. What experts would have that are not chosen goes to those that are.
 
 Of the experts that a token asks for, `top_k` and `threshold` keep some. An expert that no token of a
 sequence asks for is not run. In generation it runs when a token asks for it, over all tokens that it has
@@ -270,8 +269,8 @@ class Joint(nn.Module):
             strength.zero_()
 
     def counted_strength(self):
-        """The strength, from 0 to 1. Outside it keeps its gradient, so that it finds its way back."""
-        return self.strength + (self.strength.clamp(0, 1) - self.strength).detach()
+        """A strength below 0 counts as 0, but keeps its gradient, so that it finds its way back."""
+        return self.strength + (self.strength.clamp(min=0) - self.strength).detach()
 
     def backward_flops_per_token(self, T: int) -> int:
         """The expert's stream gets no gradient, so that of c_kv and c_same only the weights have one."""
@@ -522,14 +521,13 @@ class Composed(GPT):
         own, *said, gates, scores = hidden.split([*widths, n, n], dim=-1)
         said = [h.detach() for h in said]  # experts are frozen
         strengths = torch.stack([joint.counted_strength() for joint in self.joints.values()]).to(exact)
-        scores, asks = scores.to(exact), gates > 0  # (..., n)
-        rest = (1 - scores.sigmoid() * strengths).prod(-1, keepdim=True)  # (..., 1)
-        if self.config.selective:
-            some = asks.any(-1, keepdim=True)
-            rest = torch.where(some, rest, torch.ones_like(rest))
-            scores = scores.masked_fill(~asks & some, -math.inf)
-        shares = (1 - rest) * scores.softmax(-1)
-        who = asks.unbind(-1) if self.config.selective else [None] * n
+        of_all = scores.to(exact).sigmoid() * strengths  # (..., n)
+        shares = of_all * (gates > 0) if self.config.selective else of_all
+        given, wanted = (each.sum(-1, keepdim=True) for each in (shares, of_all))  # (..., 1)
+        factor = wanted.clamp(max=1) / given.clamp(min=torch.finfo(exact).tiny)
+        shares = shares * torch.where(given > 0, factor, torch.ones_like(factor))
+        rest = (1 - shares.sum(-1, keepdim=True)).clamp(min=0)
+        who = (gates > 0).unbind(-1) if self.config.selective else [None] * n
         return own, said, who, torch.cat([rest, shares], dim=-1).movedim(-1, 0)
 
     def logits(self, hidden, vocab: int | None = None):
