@@ -12,7 +12,9 @@ import sys
 import threading
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -910,8 +912,10 @@ def kept_runs(root):
 
 def test_what_is_told_of_recorded_runs_is_unusual(root):
     """On the curves of results/, at every tenth step: next to nothing stands out after the warm-up, but a
-    value that is put in does."""
+    value that is put in does, but where values differ by as much from one to the next (a text of which some
+    batches are much easier than others)."""
     told, curves, found = [], 0, {(name, part): 0 for name in FACTORS for part in (0.8, 1.5)}
+    noisy = dict.fromkeys(FACTORS, 0)
     for path, run, lines_kept in kept_runs(root):
         config, records = run['config'], [r for r in lines_kept if 'loss' in r]
         if len(records) < 40:
@@ -925,10 +929,15 @@ def test_what_is_told_of_recorded_runs_is_unusual(root):
             before = asdict(watch)
             for part in (0.8, 1.5):
                 usual = sorted(watch.recent[-20:])[10]
-                found[name, part] += watch.look(part * factor * usual, factor) is not None
+                is_told = watch.look(part * factor * usual, factor) is not None
+                found[name, part] += is_told
                 watch = SpikeWatch(**before)
+                if part == 1.5 and not is_told:
+                    deviation = stdev(b - a for a, b in pairwise(watch.recent)) / math.sqrt(2)
+                    assert (part * factor - 1) * usual < 8 * deviation, (path, name)
+                    noisy[name] += 1
     assert curves > 100 and len(told) < 0.03 * curves
-    assert all(found[name, 1.5] == curves and found[name, 0.8] < 0.03 * curves for name in FACTORS), found
+    assert all(noisy[name] + found[name, 0.8] < 0.03 * curves for name in FACTORS), (noisy, found)
 
 
 def test_few_of_the_spikes_that_were_recorded_are_told_now(root):

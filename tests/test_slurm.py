@@ -28,6 +28,7 @@ from pathlib import Path
 home, name, arguments = Path({home!r}), Path(sys.argv[0]).name, sys.argv[1:]
 given = dict(a[2:].split('=', 1) for a in arguments if a.startswith('--') and '=' in a)
 if (home / 'down').exists():
+    (home / 'refused').touch()
     sys.exit('slurm_load_jobs error: Unable to contact slurm controller')
 if name == 'sbatch':
     if given.get('partition') == 'none':
@@ -172,6 +173,7 @@ def test_tasks_that_are_killed_go_on_and_a_silent_controller_is_waited_for(drive
     (tmp_path / 'slurm/forgotten').touch()
     for path in tmp_path.glob('slurm/1_*'):
         os.killpg(int(path.read_text().split()[0]), signal.SIGKILL)
+    wait_until((tmp_path / 'slurm/refused').exists)  # asked while it does not answer
     time.sleep(4)
     assert len(list(tmp_path.glob('out/4-cpu/slurm/*.sh'))) == 1
     (tmp_path / 'out/hold').unlink()
