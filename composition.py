@@ -561,8 +561,7 @@ class Composed(GPT):
         own, said, asks, shares = self.split(hidden)
         found = []
         for part, h, who in zip([self, *self.experts.values()], [own, *said], [None, *asks], strict=True):
-            weight, softcap = part.lm_head.weight, part.config.softcap
-            weight = weight if vocab is None else weight[:vocab]
+            weight, softcap = part.head(vocab), part.config.softcap
             if who is None:
                 found.append(log_p(h, weight, labels, softcap))
             else:

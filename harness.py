@@ -69,6 +69,7 @@ class HarnessLM(TemplateLM):
                 'there is nothing to predict'
             )
         longest_first = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        used = self.model.config.vocab_used or None
         results = {}
         for at in range(0, len(requests), self.batch_size):
             batch = longest_first[at : at + self.batch_size]
@@ -82,7 +83,6 @@ class HarnessLM(TemplateLM):
                     n = min(len(requests[i][2]), len(sequence) - 1)  # tokens of the continuation
                     target = torch.tensor(sequence[-n:], device=self._device)
                     end = len(sequence) - 1
-                    used = self.model.config.vocab_used or None
                     logits = self.model.logits(row[end - n : end], used)  # (n, ids)
                     log_p = F.log_softmax(logits.float(), dim=-1)
                     total = log_p.gather(1, target[:, None]).sum().item()

@@ -218,15 +218,19 @@ class LanguageModel(nn.Module):
             return self.logits(hidden), None
         return None, self.loss(hidden, targets)
 
+    def head(self, vocab: int | None = None):
+        """The weight of the head (vocab_size, C); vocab: of the first ids alone."""
+        weight = self.lm_head.weight
+        return weight if vocab is None else weight[:vocab]
+
     def logits(self, hidden, vocab: int | None = None):
-        """What hidden() gives (..., C) -> logits (..., vocab_size); vocab: those of the first ids alone."""
-        logits = self.lm_head(hidden) if vocab is None else F.linear(hidden, self.lm_head.weight[:vocab])
+        """What hidden() gives (..., C) -> logits (..., vocab_size); vocab as of head."""
+        logits = self.lm_head(hidden) if vocab is None else F.linear(hidden, self.head(vocab))
         return soft_capped(logits, self.config.softcap)
 
     def loss(self, hidden, targets, vocab: int | None = None):
-        """The mean loss of targets (B, T), -1 where none counts, in nats per token; vocab as of logits."""
-        weight, softcap = self.lm_head.weight, self.config.softcap
-        weight = weight if vocab is None else weight[:vocab]
+        """The mean loss of targets (B, T), -1 where none counts, in nats per token; vocab as of head."""
+        weight, softcap = self.head(vocab), self.config.softcap
         return linear_cross_entropy(hidden, weight, targets, ignore_index=-1, softcap=softcap)
 
     def step(self, part: nn.Module, *args):

@@ -111,22 +111,20 @@ def linear_cross_entropy(
     return _chunked(hidden, weight, targets, ignore_index, rows, dtype, softcap, False, False)[0]
 
 
-def log_p(hidden, weight, targets, softcap: float = 0.0, rows: int | None = None):
+def log_p(hidden, weight, targets, softcap: float = 0.0):
     """hidden (N, C), weight (V, C), targets (N,) of token ids -> the log-probability (N,) of each target, in
-    fp32 at least; rows and softcap as of linear_cross_entropy. The logits of some rows at a time are made
-    once more for the gradient."""
+    fp32 at least; softcap as of linear_cross_entropy. The logits of some rows at a time are made once more
+    for the gradient."""
 
     def of_some(hidden, targets):
         logits = soft_capped(F.linear(hidden, weight), softcap)
         exact = torch.promote_types(logits.dtype, torch.float32)
         return -F.cross_entropy(logits.to(exact), targets, reduction='none')
 
-    rows = rows or max(ROWS.get(hidden.device.type, ROWS['cuda']), LOGITS // weight.size(0))
+    rows = max(ROWS.get(hidden.device.type, ROWS['cuda']), LOGITS // weight.size(0))
     if hidden.size(0) <= rows:
         return of_some(hidden, targets)
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([of_some(h, t) for h, t in pieces])
     return torch.cat([checkpoint(of_some, h, t, use_reentrant=False) for h, t in pieces])
 
 
